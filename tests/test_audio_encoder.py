@@ -1,0 +1,119 @@
+"""vita_jax/models/audio.py against the recorded audio encoder, and a stream against the whole clip."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import assert_close, recorded_params, shapes_of
+
+from vita_jax import tables
+from vita_jax.config import AudioConfig, vita_tiny
+from vita_jax.models.audio import Audio, init_audio_state, sinusoids, stream_frames
+
+RULES = tables.AUDIO_ENCODER + tables.AUDIO_ADAPTER + tables.AUDIO_PROMPTS
+
+
+@pytest.fixture
+def recording(golden):
+    tensors, c = golden("whale_encoder")
+    config = AudioConfig(
+        num_mel_bins=c["mel"], embed_dim=c["dim"], num_layers=c["layers"], num_heads=c["heads"],
+        mlp_dim=c["ff"], adapter_dim=2 * c["dim"], out_dim=c["llm"], num_prompts=c["prompts"],
+        adapter_kernel=c["kernel"],
+    )  # fmt: skip
+    frames = tensors["in.speech"]
+    rules = RULES if c["prompts"] else tables.AUDIO_ENCODER + tables.AUDIO_ADAPTER
+    shapes = shapes_of(Audio(config), frames, jnp.asarray(tensors["in.speech_lengths"], jnp.int32))
+    return tensors, config, recorded_params(tensors, rules, shapes), c["runs"]
+
+
+def case_name(chunk, left):
+    return "full" if chunk <= 0 else f"chunk{chunk}_left{'all' if left < 0 else left}"
+
+
+@pytest.mark.golden
+def test_every_recorded_chunk_setting(recording):
+    tensors, config, params, runs = recording
+    frames, lengths = tensors["in.speech"], jnp.asarray(tensors["in.speech_lengths"], jnp.int32)
+    for chunk, left in runs:
+        case = case_name(chunk, left)
+        c = dataclasses.replace(config, chunk_size=chunk, left_chunks=left)
+        x, _ = Audio(c).apply({"params": params}, frames, lengths, method=lambda m, *a: m.encoder(*a))
+        real = np.arange(x.shape[1]) < c.encoder_frames(np.asarray(lengths))[:, None]
+        np.testing.assert_array_equal(real[:, None], tensors[f"out.{case}.encoder_mask"].astype(bool))
+        assert_close(x, tensors[f"out.{case}.encoder"])
+        out = Audio(c).apply({"params": params}, frames, lengths)
+        assert_close(out, tensors[f"out.{case}.inputs_embeds"])
+        assert_close(out[:, c.num_prompts :], tensors[f"out.{case}.adapter"])
+        real = np.arange(out.shape[1] - c.num_prompts) < c.adapter_frames(np.asarray(lengths))[:, None]
+        np.testing.assert_array_equal(real[:, None], tensors[f"out.{case}.adapter_mask"].astype(bool))
+        np.testing.assert_array_equal(real, tensors[f"out.{case}.attention_mask"].astype(bool))
+    np.testing.assert_array_equal(config.adapter_frames(np.asarray(lengths)), tensors["out.lengths_for_llm"])
+
+
+@pytest.mark.golden
+def test_every_recorded_stage(recording):
+    tensors, config, params, _ = recording
+    frames, lengths = tensors["in.speech"], jnp.asarray(tensors["in.speech_lengths"], jnp.int32)
+
+    def run(method, *args, c=config, p=params):
+        return Audio(c).apply({"params": p}, *args, method=method)
+
+    normalised = run(lambda m, x: m.encoder.cmvn(x), frames)
+    assert_close(normalised[:, : tensors["mid.cmvn"].shape[1]], tensors["mid.cmvn"])
+    subsampled = run(lambda m, x: m.encoder.subsampled(x), frames)
+    assert_close(subsampled, tensors["mid.subsampled"])
+    np.testing.assert_array_equal(
+        config.encoder_frames(np.asarray(lengths)), tensors["mid.subsampled_lengths"]
+    )
+    embedded = run(lambda m, x: m.encoder.embedded(x), subsampled)
+    assert_close(embedded, tensors["mid.embedded"])
+    assert_close(sinusoids(embedded.shape[1], config.embed_dim)[None], tensors["mid.pos_emb"])
+    for layer in range(config.num_layers):
+        c = dataclasses.replace(config, num_layers=layer + 1)
+        blocks = jax.tree.map(lambda p: p[: c.num_layers], params["encoder"]["blocks"])
+        p = params | {"encoder": params["encoder"] | {"blocks": blocks}}
+
+        def blocks_only(m, x):
+            return m.encoder.transform(x, m.encoder.mask(x.shape[1], lengths, None))[0]
+
+        assert_close(run(blocks_only, embedded, c=c, p=p), tensors[f"mid.block{layer}"])
+
+
+@pytest.mark.parametrize("chunk, left, cuts", [(4, 2, 1), (4, -1, 1), (2, 3, 3), (6, 0, 1)])
+def test_stream_equals_whole_clip(chunk, left, cuts):
+    config = dataclasses.replace(vita_tiny().audio, chunk_size=chunk, left_chunks=left)
+    frames = jax.random.normal(jax.random.key(1), (1, 16 * chunk * cuts + 13, config.num_mel_bins))
+    num_frames = jnp.array([frames.shape[1]])
+    params = Audio(config).init(jax.random.key(0), frames, num_frames)
+    whole = Audio(config).apply(params, frames, num_frames)
+
+    state = init_audio_state(config, 1, config.encoder_frames(frames.shape[1]))
+    pieces, at = [], 0
+    while at < frames.shape[1]:
+        size = stream_frames(config, state.frames.shape[1]) + 4 * chunk * (cuts - 1)
+        final = at + size >= frames.shape[1]
+        piece, state = Audio(config).apply(params, frames[:, at : at + size], state, final, method="stream")
+        pieces.append(piece)
+        at += size
+    assert sum(p.shape[1] > 0 for p in pieces) > 2
+    assert_close(jnp.concatenate(pieces, axis=1), whole, 2e-6)
+
+
+def test_padding_changes_nothing():
+    config = vita_tiny().audio
+    frames = jax.random.normal(jax.random.key(1), (1, 61, config.num_mel_bins))
+    params = Audio(config).init(jax.random.key(0), frames, jnp.array([61]))
+    alone = Audio(config).apply(params, frames, jnp.array([61]))
+    padded = jnp.concatenate([frames, 7 * jnp.ones((1, 39, config.num_mel_bins))], axis=1)
+    together = Audio(config).apply(params, padded, jnp.array([61]))
+    assert_close(together[:, : config.num_embeddings(61)], alone, 1e-6)
+
+
+def test_clip_of_padding_only_is_finite():
+    config = vita_tiny().audio
+    frames = jnp.zeros((1, 40, config.num_mel_bins))
+    params = Audio(config).init(jax.random.key(0), frames, jnp.array([40]))
+    assert np.isfinite(Audio(config).apply(params, frames, jnp.array([0]))).all()

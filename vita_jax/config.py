@@ -1,0 +1,412 @@
+"""The numbers that define a model, as frozen dataclasses: one class a part, one function a preset.
+
+Goes in: nothing, a JSON object, or words like `llm.num_layers=2`. Comes out: a hashable `VitaConfig`.
+Sizes have no defaults: a preset or a checkpoint states them. Read next: `batch.py`, then `models/vita.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT, pixel shuffle and projector. Source: VITA-1.5 paper section 3.1; InternViT-300M-448px."""
+
+    tile_px: int
+    patch_px: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    out_dim: int  # width of the LLM that reads the embeddings
+    norm_eps: float = 1e-6
+    embeddings_scale: float = 0.5  # the release multiplies by its shuffle factor before shuffling
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.tile_px % self.patch_px or (self.tile_px // self.patch_px) % 2:
+            raise ValueError(
+                f"vision.tile_px={self.tile_px} must be an even number of patches of {self.patch_px} px"
+            )
+        _check_divides("vision", "embed_dim", self.embed_dim, "num_heads", self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_px // self.patch_px
+
+    @property
+    def embeddings_per_tile(self) -> int:
+        """Embeddings one tile gives the LLM: the 2x2 pixel shuffle leaves a quarter of the patches."""
+        return (self.grid // 2) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """Speech encoder and adapter. Source: VITA-1.5 paper section 3.1, the release's whale encoder."""
+
+    num_mel_bins: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    adapter_dim: int
+    out_dim: int
+    num_prompts: int = 0  # trained embeddings put in front of every clip
+    adapter_kernel: int = 5
+    max_positions: int = 5000
+    chunk_size: int = -1  # encoder frames that see each other; <= 0 is the whole clip
+    left_chunks: int = -1  # chunks to the left that are seen too; < 0 is all
+    norm_eps: float = 1e-5
+    adapter_norm_eps: float = 1e-3
+    dither: float = 0.0  # noise on the samples (as int16 values) before the filter bank
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _check_divides("audio", "embed_dim", self.embed_dim, "num_heads", self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def max_frames(self) -> int:
+        """Longest clip in filter-bank frames (10 ms each) that the position table covers."""
+        return 4 * self.max_positions + 6
+
+    @staticmethod
+    def encoder_frames(num_frames):
+        """Encoder frames (40 ms) for `num_frames` filter-bank frames; works on ints and arrays."""
+        return ((num_frames - 1) // 2 - 1) // 2
+
+    @classmethod
+    def adapter_frames(cls, num_frames):
+        """Adapter outputs (80 ms) for `num_frames` filter-bank frames; works on ints and arrays."""
+        return (cls.encoder_frames(num_frames) + 1) // 2
+
+    def num_embeddings(self, num_frames):
+        """Embeddings one clip gives the LLM, prompts included."""
+        return self.adapter_frames(num_frames) + self.num_prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlmConfig:
+    """Decoder-only language model. Source: Qwen2.5 technical report, section 2."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _check_divides("llm", "num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeechConfig:
+    """NAR and AR speech decoders. Source: VITA-1.5 paper section 3.1 (speech decoder); Freeze-Omni."""
+
+    embed_dim: int
+    num_layers: int  # of the AR decoder; the NAR decoder has half as many
+    num_heads: int
+    mlp_dim: int
+    num_codes: int
+    max_positions: int = 2048
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+
+    qkv_bias: typing.ClassVar[bool] = False
+
+    def __post_init__(self):
+        _check_divides("speech", "embed_dim", self.embed_dim, "num_heads", self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
+
+    @property
+    def num_nar_layers(self) -> int:
+        return self.num_layers // 2
+
+    @property
+    def vocab_size(self) -> int:
+        """The codes and four special ids."""
+        return self.num_codes + 4
+
+    @property
+    def bos_id(self) -> int:
+        """Stands before the text."""
+        return self.num_codes
+
+    @property
+    def sos_id(self) -> int:
+        """Starts the codes."""
+        return self.num_codes + 1
+
+    @property
+    def eos_id(self) -> int:
+        """Ends the codes."""
+        return self.num_codes + 2
+
+    @property
+    def pad_id(self) -> int:
+        return self.num_codes + 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """Neural speech codec. Source: TiCodec (arXiv 2310.00014); the release's `codec/model.json`."""
+
+    upsample_rates: tuple[int, ...]
+    upsample_kernels: tuple[int, ...]
+    channels: int  # of the decoder's first stage; halved by every upsampling
+    encoder_channels: int  # of the encoder's first stage; doubled by every downsampling
+    code_dim: int
+    num_codes: int
+    global_dim: int
+    num_global_tokens: int
+    global_conv: tuple[int, int, int]  # input, hidden and output channels of the timbre branch
+    global_tokens: tuple[int, ...]  # the voice that speaks
+    resblock_kernels: tuple[int, ...] = (3, 7, 11)
+    resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    sample_rate_hz: int = 24000
+    codebook_loss_weight: float = 1.0
+    commitment_loss_weight: float = 0.25
+    weight_norm: bool = True  # convolutions held as direction and length; False once folded
+
+    @property
+    def samples_per_token(self) -> int:
+        rate = 1
+        for r in self.upsample_rates:
+            rate *= r
+        return rate
+
+    @property
+    def global_code_dim(self) -> int:
+        return self.global_dim // self.num_global_tokens
+
+    def __post_init__(self):
+        if len(self.upsample_rates) != len(self.upsample_kernels):
+            raise ValueError(
+                f"codec.upsample_rates={self.upsample_rates} and codec.upsample_kernels="
+                f"{self.upsample_kernels} must be of the same length"
+            )
+        if len(self.resblock_kernels) != len(self.resblock_dilations):
+            raise ValueError("codec.resblock_kernels and codec.resblock_dilations differ in length")
+        _check_divides(
+            "codec", "global_dim", self.global_dim, "num_global_tokens", self.num_global_tokens
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitaConfig:
+    """The whole model. `speech` and `codec` are None in a model that cannot speak (yet)."""
+
+    name: str
+    vision: VisionConfig
+    audio: AudioConfig
+    llm: LlmConfig
+    speech: SpeechConfig | None
+    codec: CodecConfig | None
+    max_tokens: int = 6200  # longest conversation, embeddings of pictures and sound included
+    max_tiles: int = 12  # tiles a picture is cut into at most, its thumbnail not counted
+
+    def __post_init__(self):
+        for part in ("vision", "audio"):
+            if getattr(self, part).out_dim != self.llm.embed_dim:
+                raise ValueError(
+                    f"{part}.out_dim={getattr(self, part).out_dim} must equal "
+                    f"llm.embed_dim={self.llm.embed_dim}"
+                )
+        if self.max_tokens > self.llm.max_positions:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} exceeds llm.max_positions={self.llm.max_positions}"
+            )
+        if self.speech is not None:
+            _check_divides(
+                "llm", "embed_dim", self.llm.embed_dim, "speech.embed_dim", self.speech.embed_dim
+            )
+
+    @property
+    def speech_frames_per_token(self) -> int:
+        """Pieces that one text embedding is cut into for the speech decoder."""
+        return self.llm.embed_dim // self.speech.embed_dim
+
+    def with_dtype(self, dtype: str) -> VitaConfig:
+        """The same model computing in `dtype` ("float32", "bfloat16", "float16"); the codec stays float32."""
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+        parts = {
+            part: dataclasses.replace(getattr(self, part), dtype=dtype)
+            for part in ("vision", "audio", "llm", "speech")
+            if getattr(self, part) is not None
+        }
+        return dataclasses.replace(self, **parts)
+
+
+def vita_7b() -> VitaConfig:
+    """VITA-1.5 as released. Source: the release's configuration files and tensor shapes."""
+    return VitaConfig(
+        name="vita_7b",
+        vision=VisionConfig(
+            tile_px=448, patch_px=14, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096, out_dim=3584
+        ),
+        audio=AudioConfig(
+            num_mel_bins=80, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096, adapter_dim=2048,
+            out_dim=3584,
+        ),
+        llm=LlmConfig(
+            vocab_size=152064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
+            mlp_dim=18944, max_positions=32768,
+        ),
+        speech=SpeechConfig(embed_dim=896, num_layers=4, num_heads=14, mlp_dim=4864, num_codes=1024),
+        codec=CodecConfig(
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=512, encoder_channels=32,
+            code_dim=512, num_codes=1024, global_dim=128, num_global_tokens=8, global_conv=(128, 64, 128),
+            global_tokens=(473, 975, 419, 219, 565, 121, 550, 616),
+        ),
+    )
+
+
+def vita_nano() -> VitaConfig:
+    """A small model of the same architecture: 10-15M parameters, real time on a laptop. Sizes are ours."""
+    return VitaConfig(
+        name="vita_nano",
+        vision=VisionConfig(
+            tile_px=112, patch_px=14, embed_dim=192, num_layers=6, num_heads=6, mlp_dim=768, out_dim=256
+        ),
+        audio=AudioConfig(
+            num_mel_bins=80, embed_dim=144, num_layers=6, num_heads=4, mlp_dim=576, adapter_dim=288, out_dim=256
+        ),
+        llm=LlmConfig(
+            vocab_size=6144, embed_dim=256, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=32, mlp_dim=704,
+            max_positions=32768,
+        ),
+        speech=SpeechConfig(embed_dim=64, num_layers=4, num_heads=4, mlp_dim=256, num_codes=1024),
+        codec=CodecConfig(
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=128, encoder_channels=8,
+            code_dim=128, num_codes=1024, global_dim=32, num_global_tokens=8, global_conv=(32, 16, 32),
+            global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
+        ),
+    )
+
+
+def vita_tiny() -> VitaConfig:
+    """Under 1M parameters and a byte tokenizer, for tests and `--tiny` runs. Sizes are ours."""
+    return VitaConfig(
+        name="vita_tiny",
+        vision=VisionConfig(
+            tile_px=28, patch_px=7, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, out_dim=64
+        ),
+        audio=AudioConfig(
+            num_mel_bins=80, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, adapter_dim=64, out_dim=64
+        ),
+        llm=LlmConfig(
+            vocab_size=320, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
+            max_positions=32768,
+        ),
+        speech=SpeechConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, num_codes=64),
+        codec=CodecConfig(
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=32, encoder_channels=2,
+            code_dim=32, num_codes=64, global_dim=8, num_global_tokens=4, global_conv=(8, 4, 8),
+            global_tokens=(0, 1, 2, 3), resblock_kernels=(3, 7), resblock_dilations=((1, 3), (1, 3)),
+        ),
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (vita_7b, vita_nano, vita_tiny)}
+
+
+def override(config, words):
+    """The config with `words` like `llm.num_layers=2` applied.
+
+    Raises:
+      ValueError: a word without `=`, an unknown key (the valid ones are named) or a value of another type.
+    """
+    tree = to_json(config)
+    for word in words:
+        key, sep, value = word.partition("=")
+        if not sep:
+            raise ValueError(f"override {word!r}: expected key=value, as in llm.num_layers=2")
+        node, *path = [tree], *key.split(".")
+        node = node[0]
+        for depth, name in enumerate(path):
+            if not isinstance(node, dict) or name not in node:
+                valid = ", ".join(node) if isinstance(node, dict) else "none"
+                raise ValueError(f"override {word!r}: unknown key {'.'.join(path[: depth + 1])!r}; valid: {valid}")
+            if depth < len(path) - 1:
+                node = node[name]
+        try:
+            node[path[-1]] = json.loads(value)
+        except json.JSONDecodeError:
+            node[path[-1]] = value
+    return from_json(type(config), tree)
+
+
+def to_json(config) -> dict:
+    """The config as JSON values, nested as the dataclasses are."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls, values, where: str = ""):
+    """Builds the dataclass `cls` from JSON values as `to_json` made them.
+
+    Raises:
+      ValueError: a key that `cls` does not have, one that is missing, or a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"config {where or cls.__name__}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"unknown config key {where + unknown[0]!r}; valid: {', '.join(where + n for n in fields)}")
+    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"config key {where + missing[0]!r} is missing")
+    return cls(**{name: _cast(hints[name], value, where + name) for name, value in values.items()})
+
+
+def _cast(hint, value, where):
+    """`value` as the type `hint`, or a ValueError that names `where`."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where + ".")
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        args = typing.get_args(hint)
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) == len(value):
+            return tuple(_cast(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(inner, value)))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"config key {where!r}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _check_divides(part, name, value, by_name, by):
+    if by <= 0 or value % by:
+        raise ValueError(f"{part}.{name}={value} must be a multiple of {by_name}={by}")

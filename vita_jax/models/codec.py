@@ -1,0 +1,372 @@
+"""Speech codec: codec tokens -> waveform, and waveform -> codec tokens. Always float32.
+
+Goes in: the codec tokens of an utterance (40 a second) and a few global tokens, the voice.
+Comes out: its waveform. The other direction makes the targets that training needs.
+Read next: `infer/chunks.py`, which decodes piece by piece while a reply is being spoken.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vita_jax.config import CodecConfig
+
+# Constants of the published weights that no configuration states.
+LEAKY_SLOPE = 0.1
+ENCODER_OUT_SLOPE = 0.01  # before the encoder's last convolution only
+WAVEFORM_KERNEL = 7  # first and last convolution of the decoder, first one of the encoder
+ENCODER_OUT_KERNEL = 3
+TIMBRE_KERNEL = 3
+GROUP_NORM_CHANNELS = 16  # in one group
+GROUP_NORM_EPS = 1e-6
+BATCH_NORM_EPS = 1e-5
+
+
+@flax.struct.dataclass
+class Latents:
+    """What encoder and quantizers make of a waveform on its way to tokens.
+
+    Attributes:
+      encoded: float32[B, S, D] the encoder's output, a vector for each codec token.
+      timbre: float32[B, E] the encoder's vector for the whole utterance.
+      quantized: float32[B, S, D] nearest codewords; their gradient is that of `encoded`.
+      quantized_timbre: float32[B, E] the same for `timbre`.
+      loss: float32[] quantizer loss, codec tokens and global tokens together.
+    """
+
+    encoded: jax.Array
+    timbre: jax.Array
+    quantized: jax.Array
+    quantized_timbre: jax.Array
+    loss: jax.Array
+
+
+class Codec(nn.Module):
+    """Waveform <-> codec tokens. Source: TiCodec (arXiv 2310.00014); the release's codec."""
+
+    config: CodecConfig
+
+    def setup(self):
+        self.codebooks = Codebooks(self.config)
+        self.decoder = Decoder(self.config)
+        self.encoder = Encoder(self.config)
+
+    def __call__(self, waveform):
+        """Encodes, quantizes and decodes.
+
+        Args:
+          waveform: float32[B, W] 24 kHz, in [-1, 1].
+
+        Returns:
+          float32[B, W] reconstruction, as long as the codec tokens that fit into the waveform,
+          and the Latents between the two.
+        """
+        _, _, latents = self.encode(waveform)
+        return self.decoder(latents.quantized, latents.quantized_timbre), latents
+
+    def decode(self, codes, global_tokens, num_tokens=None):
+        """The waveform of codec tokens.
+
+        Args:
+          codes: int32[B, S] codec tokens.
+          global_tokens: int32[B, G] the voice.
+          num_tokens: int32[B] how many codec tokens of each row count, or None for all. What a row
+            sounds like does not depend on the padding behind them; there it is silent.
+
+        Returns:
+          float32[B, W] waveform, 24 kHz, in [-1, 1]. W is S * samples_per_token; every stage whose
+          kernel and rate differ by an odd number adds one sample, as in the release.
+        """
+        words, timbre = self.codebooks.codewords(codes), self.codebooks.timbre(global_tokens)
+        return self.decoder(words, timbre, num_tokens)
+
+    def encode(self, waveform):
+        """The codec tokens of a waveform.
+
+        Args:
+          waveform: float32[B, W] 24 kHz, in [-1, 1].
+
+        Returns:
+          int32[B, S] codec tokens, int32[B, G] global tokens, and the Latents they come from.
+        """
+        c = self.config
+        encoded, timbre = self.encoder(waveform)
+        codes, quantized, loss = quantize(encoded, self.codebooks.code, c)
+        groups = timbre.reshape(-1, c.num_global_tokens, c.global_code_dim)
+        global_tokens, quantized_groups, group_losses = jax.vmap(
+            lambda x, codebook: quantize(x, codebook, c), in_axes=(1, 0), out_axes=(1, 1, 0)
+        )(groups, self.codebooks.global_code)
+        quantized_timbre = quantized_groups.reshape(timbre.shape)
+        loss += group_losses.mean()
+        return codes, global_tokens, Latents(encoded, timbre, quantized, quantized_timbre, loss)
+
+
+class Codebooks(nn.Module):
+    """The codewords of codec tokens and of global tokens."""
+
+    config: CodecConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(1.0)
+        global_shape = (c.num_global_tokens, c.num_codes, c.global_code_dim)
+        self.code = self.param("code", _named(init, 2), (c.num_codes, c.code_dim))
+        self.global_code = self.param("global", _named(init, 3), global_shape)
+
+    def codewords(self, codes):
+        """float32[B, S, D] for codec tokens int32[B, S]."""
+        return self.code[codes].astype(jnp.float32)
+
+    def timbre(self, global_tokens):
+        """float32[B, E] for global tokens int32[B, G]: their codewords side by side."""
+        words = self.global_code[jnp.arange(self.config.num_global_tokens), global_tokens]
+        return words.reshape(len(words), -1).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """Codewords -> waveform. Source: HiFi-GAN (arXiv 2010.05646), generator; timbre as in TiCodec."""
+
+    config: CodecConfig
+
+    def setup(self):
+        c = self.config
+        norm = c.weight_norm
+        kinds = tuple(zip(c.resblock_kernels, c.resblock_dilations))
+        self.conv_pre = Conv(c.channels, WAVEFORM_KERNEL, norm)
+        self.ups = [
+            Conv(c.channels // 2 ** (i + 1), kernel, norm, stride=rate, transposed=True)
+            for i, (rate, kernel) in enumerate(zip(c.upsample_rates, c.upsample_kernels))
+        ]
+        self.resblocks = [ResBlock(*kind, norm) for _ in self.ups for kind in kinds]
+        self.conv_post = Conv(1, WAVEFORM_KERNEL, norm)
+
+    def __call__(self, x, timbre, num_tokens=None):
+        """From float32[B, S, D] codewords and float32[B, E] to float32[B, W] waveform."""
+        lengths = num_tokens
+        x = self.conv_pre(x, lengths)
+        count = len(self.config.resblock_kernels)
+        for i, up in enumerate(self.ups):
+            x = up(nn.leaky_relu(x, LEAKY_SLOPE), lengths)
+            if lengths is not None:
+                lengths = up.upsampled(lengths)
+            blocks = self.resblocks[i * count : (i + 1) * count]
+            x = sum(block(x, lengths) for block in blocks) / count
+            if x.shape[-1] == self.config.global_dim:
+                x = x + timbre[:, None]
+        x = self.conv_post(nn.leaky_relu(x, LEAKY_SLOPE), lengths)
+        return _mask(jnp.tanh(x), lengths)[..., 0]
+
+
+class Encoder(nn.Module):
+    """Waveform -> a vector for each codec token, and one for the timbre. Source: TiCodec.
+
+    Rates and kernels are the decoder's, from last to first.
+    """
+
+    config: CodecConfig
+
+    def setup(self):
+        c = self.config
+        norm = c.weight_norm
+        stages = tuple(zip(c.upsample_rates, c.upsample_kernels))[::-1]
+        kinds = tuple(zip(c.resblock_kernels, c.resblock_dilations))[::-1]
+        self.conv_pre = Conv(c.encoder_channels, WAVEFORM_KERNEL, norm)
+        self.downs = [
+            Conv(c.encoder_channels * 2 ** (i + 1), kernel, norm, stride=rate)
+            for i, (rate, kernel) in enumerate(stages)
+        ]
+        self.resblocks = [ResBlock(*kind, norm) for _ in self.downs for kind in kinds]
+        self.norms = [_group_norm(down.features) for down in self.downs for _ in kinds]
+        self.conv_post = Conv(c.code_dim, ENCODER_OUT_KERNEL, weight_norm=False)
+        self.timbre = TimbreEncoder(c)
+        # The release's checkpoint holds this layer and its code never calls it.
+        self.param("unused", _named(_init, 2), (c.global_dim, c.global_dim))
+        self.param("unused_bias", _named(nn.initializers.zeros, 1), (c.global_dim,))
+
+    def __call__(self, waveform):
+        """From float32[B, W] waveform to float32[B, S, D] vectors and float32[B, E] timbre."""
+        x = self.conv_pre(waveform[..., None])
+        count = len(self.config.resblock_kernels)
+        for i, down in enumerate(self.downs):
+            x = down(nn.leaky_relu(x, LEAKY_SLOPE))
+            total = 0.0
+            for j in range(i * count, (i + 1) * count):
+                # The release normalises the running sum at every block, not once at the end.
+                total = self.norms[j](total + self.resblocks[j](x))
+            x = total / count
+            if i == len(self.downs) // 2 - 1:
+                timbre = self.timbre(x)
+        return self.conv_post(nn.leaky_relu(x, ENCODER_OUT_SLOPE)), timbre
+
+
+class TimbreEncoder(nn.Module):
+    """What does not change within an utterance, as one vector. Source: TiCodec."""
+
+    config: CodecConfig
+
+    @nn.compact
+    def __call__(self, x):
+        """From float32[B, T, C] halfway through the encoder to float32[B, E]."""
+        size = self.config.global_dim
+        inputs, hidden, outputs = self.config.global_conv
+        for i, shape in enumerate(((inputs, hidden), (hidden, hidden), (hidden, outputs))):
+            kernel = self.param(f"conv_{i}", _named(_init, 3), (TIMBRE_KERNEL, *shape))
+            x = _convolve(x, kernel, padding=TIMBRE_KERNEL // 2)
+            x = nn.leaky_relu(x, LEAKY_SLOPE)
+        out = self.param("out", _named(_init, 2), (outputs, size))
+        bias = self.param("out_bias", _named(nn.initializers.zeros, 1), (size,))
+        x = jnp.einsum("BC,CE->BE", x.mean(axis=1), out.astype(jnp.float32)) + bias
+        return BatchNorm(name="norm")(nn.leaky_relu(x, LEAKY_SLOPE))
+
+
+class BatchNorm(nn.Module):
+    """Batch norm with fixed statistics, those of the checkpoint."""
+
+    @nn.compact
+    def __call__(self, x):
+        """From float32[B, E] to float32[B, E]."""
+        size = x.shape[-1:]
+        scale = self.param("scale", _named(nn.initializers.ones, 1), size)
+        bias = self.param("bias", _named(nn.initializers.zeros, 1), size)
+        mean = self.param("running_mean", _named(nn.initializers.zeros, 1), size)
+        var = self.param("running_var", _named(nn.initializers.ones, 1), size)
+        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias
+
+
+class ResBlock(nn.Module):
+    """Pairs of a dilated and a plain convolution, each added to its input. Source: HiFi-GAN."""
+
+    kernel: int
+    dilations: tuple[int, ...]
+    weight_norm: bool
+
+    @nn.compact
+    def __call__(self, x, lengths=None):
+        """From float32[B, W, C], valid up to int32[B] lengths, to float32[B, W, C]."""
+        shape = (x.shape[-1], self.kernel, self.weight_norm)
+        for i, dilation in enumerate(self.dilations):
+            dilated = Conv(*shape, dilation=dilation, name=f"dilated_{i}")
+            plain = Conv(*shape, name=f"plain_{i}")
+            y = dilated(nn.leaky_relu(x, LEAKY_SLOPE), lengths)
+            x = x + plain(nn.leaky_relu(y, LEAKY_SLOPE), lengths)
+        return x
+
+
+class Conv(nn.Module):
+    """Convolution along time that divides its length by the stride; multiplies, if transposed.
+
+    Its kernel is [width, in, out], transposed [width, out, in]. With weight norm it is held as
+    direction `v` and length `g`, one length for each index of the last axis.
+    """
+
+    features: int
+    width: int
+    weight_norm: bool
+    stride: int = 1
+    dilation: int = 1
+    transposed: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Zeros at either end of the input; cut off either end of the output, if transposed."""
+        return ((self.width - 1) * self.dilation + 1 - self.stride) // 2
+
+    def upsampled(self, length):
+        """Outputs of a transposed convolution for `length` inputs; works on ints and arrays."""
+        return (length - 1) * self.stride + self.width - 2 * self.padding
+
+    @nn.compact
+    def __call__(self, x, lengths=None):
+        """From float32[B, W, C], valid up to int32[B] lengths, to float32[B, W', features]."""
+        channels = (x.shape[-1], self.features)
+        shape = (self.width, *(channels[::-1] if self.transposed else channels))
+        if self.weight_norm:
+            v = self.param("v", _named(_init, 3), shape)
+            g = self.param("g", _named(lambda key, shape: _length(v), 1), shape[-1:])
+            kernel = _fold(g, v)
+        else:
+            kernel = self.param("kernel", _named(_init, 3), shape)
+        bias = self.param("bias", _named(nn.initializers.zeros, 1), (self.features,))
+        x = _mask(x, lengths)
+        if self.transposed:
+            kernel, padding = kernel[::-1].swapaxes(1, 2), self.width - 1 - self.padding
+            return _convolve(x, kernel, spread=self.stride, padding=padding) + bias
+        return _convolve(x, kernel, self.stride, self.dilation, padding=self.padding) + bias
+
+
+def quantize(x, codebook, config: CodecConfig):
+    """The codewords nearest to `x`. Source: VQ-VAE (arXiv 1711.00937), section 3.
+
+    Args:
+      x: float32[..., D] vectors.
+      codebook: float32[V, D] codewords.
+      config: gives the weights of the two losses.
+
+    Returns:
+      int32[...] indices, float32[..., D] codewords with the gradient of `x`, float32[] loss.
+    """
+    # In full precision on every device, or another codeword wins. |x|^2 is common to all of them.
+    product = jnp.einsum("...D,VD->...V", x, codebook, precision=jax.lax.Precision.HIGHEST)
+    indices = jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * product, axis=-1)
+    nearest, stop = codebook[indices], jax.lax.stop_gradient
+    loss = config.codebook_loss_weight * jnp.mean((nearest - stop(x)) ** 2)
+    loss += config.commitment_loss_weight * jnp.mean((stop(nearest) - x) ** 2)
+    return indices, x + stop(nearest - x), loss
+
+
+def fold_weight_norm(params: dict) -> dict:
+    """The tree that `weight_norm=False` reads: every {g, v} becomes the {kernel} it stands for."""
+    if "v" in params:
+        rest = {name: leaf for name, leaf in params.items() if name not in ("g", "v")}
+        return {"kernel": _fold(params["g"], params["v"]), **rest}
+    return {k: fold_weight_norm(v) if isinstance(v, dict) else v for k, v in params.items()}
+
+
+def _fold(g, v):
+    return g / _length(v) * v
+
+
+def _length(v):
+    return jnp.sqrt(jnp.sum(jnp.square(v, dtype=jnp.float32), axis=(0, 1)))
+
+
+def _mask(x, lengths):
+    """`x` with zeros behind the rows' ends: what a convolution finds where nothing follows."""
+    if lengths is None:
+        return x
+    return jnp.where(jnp.arange(x.shape[1])[:, None] < lengths[:, None, None], x, 0.0)
+
+
+def _convolve(x, kernel, stride=1, dilation=1, spread=1, padding=0):
+    """Cross-correlates [B, W, C] with a kernel [width, C, out]; `spread` moves inputs apart."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(jnp.float32),
+        window_strides=(stride,),
+        padding=[(padding, padding)],
+        lhs_dilation=(spread,),
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+
+
+def _group_norm(channels):
+    return nn.GroupNorm(
+        max(1, channels // GROUP_NORM_CHANNELS),
+        epsilon=GROUP_NORM_EPS,
+        use_fast_variance=False,
+        bias_init=_named(nn.initializers.zeros, 1),
+        scale_init=_named(nn.initializers.ones, 1),
+    )
+
+
+# Keeps the signal's size from layer to layer, so that random weights already sound.
+_init = nn.initializers.lecun_normal()
+
+
+def _named(init, rank):
+    """`init` with axis names; all of them are replicated."""
+    return nn.with_logical_partitioning(init, (None,) * (rank - 1) + ("channels",))

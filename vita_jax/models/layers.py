@@ -1,0 +1,228 @@
+"""What the transformers share: parameters with named axes, norms, rotary positions, attention, the KV cache.
+
+Goes in and comes out: activations dtype[B, T, D]. Norms and softmax work in float32 whatever the dtype.
+Read next: `llm.py`.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = ("batch", "seq", "act_embed")
+MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
+
+
+def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> jax.Array:
+    """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it is used."""
+    axis = tuple(range(len(shape)))
+    init = nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", in_axis=axis[:num_inputs], out_axis=axis[num_inputs:]
+    )
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+def bias(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> jax.Array:
+    """A parameter that starts at zero, or as `init` says."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32. Source: arXiv 1910.07467."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), nn.initializers.ones)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), nn.initializers.ones)
+        shift = bias(self, "bias", (x.shape[-1],), ("act_embed",))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale.astype(jnp.float32) + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary(x, positions, theta: float):
+    """Turns the two halves of each head by its position. Source: arXiv 2104.09864, half-split form.
+
+    Args:
+      x: dtype[B, T, N, H].
+      positions: int32[B, T].
+      theta: longest wavelength over 2 pi.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q, k, v, mask):
+    """Scaled dot-product attention, several query heads to a key head.
+
+    Args:
+      q: dtype[B, T, N, H].
+      k, v: dtype[B, S, K, H], K divides N.
+      mask: bool[B, 1, T, S] True where attention is allowed, or None for everywhere.
+
+    Returns:
+      dtype[B, T, N, H].
+    """
+    b, t, n, h = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v).reshape(b, t, n, h)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what came before.
+
+    Attributes:
+      k, v: dtype[L, B, S, K, H].
+      length: int32[B] slots in use; the next token of a row is written there.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    def write(self, layer, k, v) -> Cache:
+        """The cache with `k`, `v` dtype[B, T, K, H] in the next T slots of `layer`; `length` stays."""
+        rows = jnp.arange(k.shape[0])[:, None]
+        slots = self.length[:, None] + jnp.arange(k.shape[1])
+        return self.replace(
+            k=self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
+            v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
+        )
+
+    def read(self, layer):
+        """Keys and values dtype[B, S, K, H] of `layer`."""
+        return (
+            jax.lax.dynamic_index_in_dim(self.k, layer, 0, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.v, layer, 0, keepdims=False),
+        )
+
+    def causal_mask(self, num_tokens: int):
+        """bool[B, 1, T, S]: the next `num_tokens` tokens see every slot up to their own."""
+        query = self.length[:, None, None, None] + jnp.arange(num_tokens)[:, None]
+        return jnp.arange(self.k.shape[2]) <= query
+
+
+def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cache:
+    """An empty cache for `num_slots` tokens; `config` has num_kv_heads (or num_heads), head_dim and dtype."""
+    heads = getattr(config, "num_kv_heads", config.num_heads)
+    empty = nn.with_logical_constraint(
+        jnp.zeros((num_layers, batch_size, num_slots, heads, config.head_dim), config.dtype),
+        ("layers", "batch", "seq", "kv_heads", "head_dim"),
+    )
+    return Cache(k=empty, v=empty, length=jnp.zeros(batch_size, jnp.int32))
+
+
+def stack(block, config, num_layers: int, name: str):
+    """`block` repeated: parameters get a leading layer axis, compile time does not grow with depth.
+
+    The result is called as `(x, cache), _ = stacked((x, cache), jnp.arange(num_layers), *same_for_all_layers)`;
+    `block.__call__((x, cache), layer, *args)` returns `((x, cache), None)`.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=False),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(config, name=name)
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention with rotary positions. Source: Qwen2.5 technical report, section 2; LLaMA.
+
+    `config` is an LlmConfig or a SpeechConfig.
+    """
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x, positions, mask, cache, layer):
+        """Attends from `x` to itself, or to all that the cache holds once `x` is written to it.
+
+        Args:
+          x: dtype[B, T, D].
+          positions: int32[B, T].
+          mask: bool[B, 1, T, S] or None.
+          cache: Cache of S slots, or None (then S = T).
+          layer: int32[] index into the cache.
+
+        Returns:
+          dtype[B, T, D] and the cache with the keys and values of `x`.
+        """
+        c = self.config
+        d, n, k, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+
+        def project(name, heads, axis):
+            y = jnp.einsum(
+                "BTD,DNH->BTNH", x, weight(self, name, (d, heads, h), ("embed", axis, "head_dim")).astype(x.dtype)
+            )
+            if c.qkv_bias:
+                y = y + bias(self, name + "_bias", (heads, h), (axis, "head_dim")).astype(x.dtype)
+            return y
+
+        q = rotary(project("q", n, "heads"), positions, c.rope_theta)
+        keys = rotary(project("k", k, "kv_heads"), positions, c.rope_theta)
+        values = project("v", k, "kv_heads")
+        if cache is not None:
+            cache = cache.write(layer, keys, values)
+            keys, values = cache.read(layer)
+        y = attention(q, keys.astype(x.dtype), values.astype(x.dtype), mask)
+        out = weight(self, "out", (n, h, d), ("heads", "head_dim", "embed"), num_inputs=2)
+        return jnp.einsum("BTNH,NHD->BTD", y, out.astype(x.dtype)), cache
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU. Source: arXiv 2002.05202."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x):
+        d, f = self.config.embed_dim, self.config.mlp_dim
+        gate = x @ weight(self, "gate", (d, f), ("embed", "mlp")).astype(x.dtype)
+        up = x @ weight(self, "up", (d, f), ("embed", "mlp")).astype(x.dtype)
+        return (nn.silu(gate) * up) @ weight(self, "down", (f, d), ("mlp", "embed")).astype(x.dtype)
+
+
+class GatedBlock(nn.Module):
+    """The block of the LLM and of both speech decoders: pre-norm attention and gated MLP."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, carry, layer, positions, mask):
+        x, cache = carry
+        c = self.config
+        y, cache = GatedAttention(c, name="attn")(
+            RMSNorm(c.norm_eps, name="attn_norm")(x), positions, mask, cache, layer
+        )
+        x = x + y
+        x = x + GatedMlp(c, name="mlp")(RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        return (nn.with_logical_constraint(x, ACTIVATIONS), cache), None

@@ -1,18 +1,38 @@
 """What the parity tests share: recorded weights through the tables, and the bound of a comparison."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vita_jax import tables
+from vita_jax.models.vita import draw
 from vita_jax import params as trees
+from vita_jax import tables
 
 
 def shapes_of(module, *args, **kwargs):
     """{path: shape} of a module's parameters."""
     init = lambda: module.init(jax.random.key(0), *args, **kwargs)["params"]  # noqa: E731
     return trees.flatten(nn.unbox(jax.eval_shape(init)))
+
+
+def random_params(module, *args, **kwargs):
+    """Seeded parameters of a module that would be initialised with these arguments."""
+    init = lambda: module.init(jax.random.key(0), *args, **kwargs)["params"]  # noqa: E731
+    boxed = trees.flatten(jax.eval_shape(init))
+    return trees.unflatten({path: draw(path, box, 0) for path, box in boxed.items()})
+
+
+def run(module, params, *args, **static):
+    """`module.apply`, compiled: op by op, every operation would be compiled by itself."""
+    return _compiled(module, tuple(static.items()))(params, args)
+
+
+@functools.cache
+def _compiled(module, static):
+    return jax.jit(lambda params, args: module.apply({"params": params}, *args, **dict(static)))
 
 
 def recorded_params(tensors, rules, shapes, prefix="w."):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import assert_close, recorded_params, shapes_of
+from parity import assert_close, random_params, recorded_params, run, shapes_of
 
 from vita_jax import tables
 from vita_jax.config import AudioConfig, vita_tiny
@@ -40,11 +40,11 @@ def test_every_recorded_chunk_setting(recording):
     for chunk, left in runs:
         case = case_name(chunk, left)
         c = dataclasses.replace(config, chunk_size=chunk, left_chunks=left)
-        x, _ = Audio(c).apply({"params": params}, frames, lengths, method=lambda m, *a: m.encoder(*a))
+        x, _ = run(Audio(c), params, frames, lengths, method=lambda m, *a: m.encoder(*a))
         real = np.arange(x.shape[1]) < c.encoder_frames(np.asarray(lengths))[:, None]
         np.testing.assert_array_equal(real[:, None], tensors[f"out.{case}.encoder_mask"].astype(bool))
         assert_close(x, tensors[f"out.{case}.encoder"])
-        out = Audio(c).apply({"params": params}, frames, lengths)
+        out = run(Audio(c), params, frames, lengths)
         assert_close(out, tensors[f"out.{case}.inputs_embeds"])
         assert_close(out[:, c.num_prompts :], tensors[f"out.{case}.adapter"])
         real = np.arange(out.shape[1] - c.num_prompts) < c.adapter_frames(np.asarray(lengths))[:, None]
@@ -58,17 +58,17 @@ def test_every_recorded_stage(recording):
     tensors, config, params, _ = recording
     frames, lengths = tensors["in.speech"], jnp.asarray(tensors["in.speech_lengths"], jnp.int32)
 
-    def run(method, *args, c=config, p=params):
-        return Audio(c).apply({"params": p}, *args, method=method)
+    def stage(method, *args, c=config, p=params):
+        return run(Audio(c), p, *args, method=method)
 
-    normalised = run(lambda m, x: m.encoder.cmvn(x), frames)
+    normalised = stage(lambda m, x: m.encoder.cmvn(x), frames)
     assert_close(normalised[:, : tensors["mid.cmvn"].shape[1]], tensors["mid.cmvn"])
-    subsampled = run(lambda m, x: m.encoder.subsampled(x), frames)
+    subsampled = stage(lambda m, x: m.encoder.subsampled(x), frames)
     assert_close(subsampled, tensors["mid.subsampled"])
     np.testing.assert_array_equal(
         config.encoder_frames(np.asarray(lengths)), tensors["mid.subsampled_lengths"]
     )
-    embedded = run(lambda m, x: m.encoder.embedded(x), subsampled)
+    embedded = stage(lambda m, x: m.encoder.embedded(x), subsampled)
     assert_close(embedded, tensors["mid.embedded"])
     assert_close(sinusoids(embedded.shape[1], config.embed_dim)[None], tensors["mid.pos_emb"])
     for layer in range(config.num_layers):
@@ -79,7 +79,7 @@ def test_every_recorded_stage(recording):
         def blocks_only(m, x):
             return m.encoder.transform(x, m.encoder.mask(x.shape[1], lengths, None))[0]
 
-        assert_close(run(blocks_only, embedded, c=c, p=p), tensors[f"mid.block{layer}"])
+        assert_close(stage(blocks_only, embedded, c=c, p=p), tensors[f"mid.block{layer}"])
 
 
 @pytest.mark.parametrize("chunk, left, cuts", [(4, 2, 1), (4, -1, 1), (2, 3, 3), (6, 0, 1)])
@@ -87,15 +87,15 @@ def test_stream_equals_whole_clip(chunk, left, cuts):
     config = dataclasses.replace(vita_tiny().audio, chunk_size=chunk, left_chunks=left)
     frames = jax.random.normal(jax.random.key(1), (1, 16 * chunk * cuts + 13, config.num_mel_bins))
     num_frames = jnp.array([frames.shape[1]])
-    params = Audio(config).init(jax.random.key(0), frames, num_frames)
-    whole = Audio(config).apply(params, frames, num_frames)
+    params = random_params(Audio(config), frames, num_frames)
+    whole = run(Audio(config), params, frames, num_frames)
 
     state = init_audio_state(config, 1, config.encoder_frames(frames.shape[1]))
     pieces, at = [], 0
     while at < frames.shape[1]:
         size = stream_frames(config, state.frames.shape[1]) + 4 * chunk * (cuts - 1)
         final = at + size >= frames.shape[1]
-        piece, state = Audio(config).apply(params, frames[:, at : at + size], state, final, method="stream")
+        piece, state = run(Audio(config), params, frames[:, at : at + size], state, method="stream", final=final)
         pieces.append(piece)
         at += size
     assert sum(p.shape[1] > 0 for p in pieces) > 2
@@ -105,15 +105,15 @@ def test_stream_equals_whole_clip(chunk, left, cuts):
 def test_padding_changes_nothing():
     config = vita_tiny().audio
     frames = jax.random.normal(jax.random.key(1), (1, 61, config.num_mel_bins))
-    params = Audio(config).init(jax.random.key(0), frames, jnp.array([61]))
-    alone = Audio(config).apply(params, frames, jnp.array([61]))
+    params = random_params(Audio(config), frames, jnp.array([61]))
+    alone = run(Audio(config), params, frames, jnp.array([61]))
     padded = jnp.concatenate([frames, 7 * jnp.ones((1, 39, config.num_mel_bins))], axis=1)
-    together = Audio(config).apply(params, padded, jnp.array([61]))
+    together = run(Audio(config), params, padded, jnp.array([61]))
     assert_close(together[:, : config.num_embeddings(61)], alone, 1e-6)
 
 
 def test_clip_of_padding_only_is_finite():
     config = vita_tiny().audio
     frames = jnp.zeros((1, 40, config.num_mel_bins))
-    params = Audio(config).init(jax.random.key(0), frames, jnp.array([40]))
-    assert np.isfinite(Audio(config).apply(params, frames, jnp.array([0]))).all()
+    params = random_params(Audio(config), frames, jnp.array([40]))
+    assert np.isfinite(run(Audio(config), params, frames, jnp.array([0]))).all()

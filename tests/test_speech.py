@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import assert_close, recorded_params, shapes_of
+from parity import assert_close, random_params, recorded_params, run, shapes_of
 
 from vita_jax import tables
 from vita_jax.config import SpeechConfig, vita_tiny
-from vita_jax.infer.sampling import Sampler, penalize
+from vita_jax.infer.sampling import penalize
 from vita_jax.models.speech import Speech, init_speech_cache
 
 
@@ -35,11 +35,11 @@ def test_teacher_forcing(recording):
     text, codes = tensors["in.x"], tensors["in.y"]
     text_mask = lengths_mask(tensors["in.x_lens"], text.shape[1])
     codes = jnp.asarray(np.where(codes < 0, config.pad_id, codes), jnp.int32)
-    read = Speech(config).apply({"params": params}, text, text_mask, method="read_text")
+    read = run(Speech(config), params, text, text_mask, method="read_text")
     valid = tensors["out.pre_nn_valid"].astype(bool)
     assert_close(np.asarray(read)[valid], tensors["mid.pre_nn"][valid])
 
-    logits = Speech(config).apply({"params": params}, text, text_mask, codes)
+    logits = run(Speech(config), params, text, text_mask, codes)
     valid = tensors["out.logits_valid"].astype(bool)
     assert_close(np.asarray(logits)[valid], tensors["out.logits"][valid])
     labels = np.full(logits.shape[:2], config.pad_id)
@@ -55,24 +55,21 @@ def test_greedy_tokens_of_every_run(recording):
     tensors, config, params, meta = recording
     hidden = tensors["in.hidden"]
     mask = np.ones(hidden.shape[:2], bool)
-    read = Speech(config).apply({"params": params}, hidden, mask, method="read_text")
+    read = run(Speech(config), params, hidden, mask, method="read_text")
     assert_close(read, tensors["mid.infer_pre_nn"])
-    step = jax.jit(lambda codes, cache: Speech(config).apply({"params": params}, codes, cache, method="step"))
-    runs = {name: run for name, run in meta["infer_runs"].items() if not run["prefix_given"]}
-    assert runs
-    for name, run in runs.items():
-        sampler = Sampler(top_k=run["top_k"], penalty=run["penalty"], penalty_window=run["penalty_window_size"])
+    settings = {name: case for name, case in meta["infer_runs"].items() if not case["prefix_given"]}
+    assert settings
+    for name, case in settings.items():
+        look_back = case["penalty_window_size"]
         cache = init_speech_cache(config, 1, hidden.shape[1] + meta["steps"] + 2)
-        cache = Speech(config).apply({"params": params}, hidden, mask, cache, method="prefill")
+        cache = run(Speech(config), params, hidden, mask, cache, method="prefill")
         tokens, before, after = [config.sos_id], [], []
         for _ in range(meta["steps"]):
-            logits, cache = step(jnp.array(tokens[-1:]), cache)
+            logits, cache = run(Speech(config), params, jnp.array(tokens[-1:]), cache, method="step")
             before.append(logits)
-            window = jnp.full((1, max(sampler.penalty_window, 1)), -1)
-            recent = tokens[-sampler.penalty_window :] if sampler.penalty_window > 0 else []
-            if recent:
-                window = window.at[0, -len(recent) :].set(jnp.array(recent))
-            after.append(penalize(logits, window, sampler.penalty))
+            recent = tokens[-look_back:] if look_back > 0 else []
+            recent = jnp.array([[-1] * (meta["steps"] - len(recent)) + recent])
+            after.append(penalize(logits, recent, case["penalty"]))
             chosen = int(after[-1][0].argmax())
             if chosen == config.eos_id:
                 break
@@ -94,26 +91,26 @@ def test_steps_equal_teacher_forcing():
     text = jax.random.normal(key, (2, 8, config.embed_dim))
     text_mask = jnp.arange(8) < jnp.array([[8], [8]])
     codes = jax.random.randint(key, (2, 12), 0, config.num_codes)
-    params = Speech(config).init(key, text, text_mask, codes)
-    whole = Speech(config).apply(params, text, text_mask, codes)
-    cache = Speech(config).apply(params, text, text_mask, init_speech_cache(config, 2, 24), method="prefill")
+    params = random_params(Speech(config), text, text_mask, codes)
+    whole = run(Speech(config), params, text, text_mask, codes)
+    cache = run(Speech(config), params, text, text_mask, init_speech_cache(config, 2, 24), method="prefill")
     fed = jnp.concatenate([jnp.full((2, 1), config.sos_id), codes], axis=1)
     for i in range(fed.shape[1]):
-        logits, cache = Speech(config).apply(params, fed[:, i], cache, method="step")
+        logits, cache = run(Speech(config), params, fed[:, i], cache, method="step")
         assert_close(logits, whole[:, i], 1e-5)
 
 
 def test_padded_text_speaks_the_same():
     config = vita_tiny().speech
     text = jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim))
-    params = Speech(config).init(jax.random.key(1), text, jnp.ones((1, 8), bool), jnp.zeros((1, 1), jnp.int32))
+    params = random_params(Speech(config), text, jnp.ones((1, 8), bool), jnp.zeros((1, 1), jnp.int32))
 
     def logits(text, num_real):
         mask = jnp.arange(text.shape[1])[None] < num_real
-        cache = Speech(config).apply(params, text, mask, init_speech_cache(config, 1, 32), method="prefill")
+        cache = run(Speech(config), params, text, mask, init_speech_cache(config, 1, 32), method="prefill")
         out = []
         for code in (config.sos_id, 3, 5):
-            y, cache = Speech(config).apply(params, jnp.array([code]), cache, method="step")
+            y, cache = run(Speech(config), params, jnp.array([code]), cache, method="step")
             out.append(y)
         return jnp.stack(out)
 
@@ -125,8 +122,8 @@ def test_bfloat16_stays_close():
     config = dataclasses.replace(vita_tiny().speech, dtype="bfloat16")
     text = jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim))
     mask, codes = jnp.ones((1, 8), bool), jnp.arange(6)[None]
-    params = Speech(config).init(jax.random.key(1), text, mask, codes)
-    half = Speech(config).apply(params, text, mask, codes)
-    full = Speech(dataclasses.replace(config, dtype="float32")).apply(params, text, mask, codes)
+    params = random_params(Speech(config), text, mask, codes)
+    half = run(Speech(config), params, text, mask, codes)
+    full = run(Speech(dataclasses.replace(config, dtype="float32")), params, text, mask, codes)
     assert half.dtype == jnp.float32
     assert_close(half, full, 5e-2)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from parity import assert_close, recorded_params, shapes_of
+from parity import assert_close, random_params, recorded_params, run, shapes_of
 
 from vita_jax import tables
 from vita_jax.config import VisionConfig, vita_tiny
@@ -49,9 +49,9 @@ def test_every_recorded_stage(recording):
         if f"mid.{case}.selected" in tensors:
             assert_close(last[:, 1:], tensors[f"mid.{case}.selected"])
             assert_close(
-                model.apply({"params": params}, pixels, method="reduce"), tensors[f"out.{case}.tower"]
+                run(model, params, pixels, method="reduce"), tensors[f"out.{case}.tower"]
             )
-            assert_close(model.apply({"params": params}, pixels), tensors[f"out.{case}.projected"])
+            assert_close(run(model, params, pixels), tensors[f"out.{case}.projected"])
 
 
 def hidden(config, params, pixels, num_layers):
@@ -59,8 +59,8 @@ def hidden(config, params, pixels, num_layers):
     model = Vision(dataclasses.replace(config, num_layers=max(num_layers, 1)))
     encoder = params["encoder"] | {"blocks": jax.tree.map(lambda p: p[:num_layers], params["encoder"]["blocks"])}
     if num_layers == 0:
-        return model.apply({"params": params}, pixels, method=lambda m, x: m.encoder.embed(x))
-    return model.apply({"params": params | {"encoder": encoder}}, pixels, method=lambda m, x: m.encoder(x))
+        return run(model, params, pixels, method=lambda m, x: m.encoder.embed(x))
+    return run(model, params | {"encoder": encoder}, pixels, method=lambda m, x: m.encoder(x))
 
 
 @pytest.mark.golden
@@ -81,6 +81,6 @@ def test_pixel_shuffle_order(recording):
 def test_one_embedding_a_placeholder():
     config = vita_tiny().vision
     pixels = np.zeros((2, config.tile_px, config.tile_px, 3), np.float32)
-    params = Vision(config).init(jax.random.key(0), pixels)
-    out = Vision(config).apply(params, pixels)
+    params = random_params(Vision(config), pixels)
+    out = run(Vision(config), params, pixels)
     assert out.shape == (2, config.embeddings_per_tile, config.out_dim)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from parity import assert_close, recorded_params
+from parity import assert_close, recorded_params, run
 
 from vita_jax import params as trees
 from vita_jax import sharding, tables
@@ -23,6 +23,18 @@ RULES = (
     + tables.below(tables.LLM, "", "llm/")
 )
 PROMPTS = tables.below(tables.AUDIO_PROMPTS, "model.audio_encoder.", "audio/")
+
+
+def llm(model, *args):
+    return model.llm(*args)
+
+
+def embed(model, tokens):
+    return model.llm.embed(tokens)
+
+
+def logits_of(model, hidden):
+    return model.llm.logits(hidden)
 
 
 def config_of(meta):
@@ -113,26 +125,24 @@ def test_embeddings_and_layers(recording):
     np.testing.assert_array_equal(np.asarray(batch.segment_ids) > 0, real)
     np.testing.assert_array_equal(labels[real], tensors["out.labels"][real])
     model = Vita(config)
-    tiles = model.apply({"params": params}, batch.tiles, method="encode_tiles")
+    tiles = run(model, params, batch.tiles, method="encode_tiles")
     flat = np.asarray(tiles)[np.asarray(batch.tile_mask)]
     recorded = tensors["mid.image_features"]
     used = [t for t in range(len(recorded)) if any(np.allclose(flat_t, recorded[t], atol=1e-4) for flat_t in flat)]
     assert len(used) == len(flat)  # every real tile; the dummies of the recording are not encoded
     assert_close(flat, recorded[used])
-    embeddings = model.apply({"params": params}, batch, method="embed")
+    embeddings = run(model, params, batch, method="embed")
     assert_close(np.asarray(embeddings)[real], tensors["out.inputs_embeds"][real])
     assert_close(np.asarray(embeddings)[real], tensors["mid.hidden0"][real])
     mask = conversation_mask(batch.segment_ids)
-    last, _ = model.apply(
-        {"params": params}, embeddings, batch.positions, mask, method=lambda m, *a: m.llm(*a)
-    )
+    last, _ = run(model, params, embeddings, batch.positions, mask, method=llm)
     assert_close(np.asarray(last)[real], tensors[f"mid.hidden{config.llm.num_layers}"][real])
 
 
 @pytest.mark.golden
 def test_audio_embeddings(recording):
     tensors, _, config, params, batch, _, _ = recording
-    clips, counts = Vita(config).apply({"params": params}, batch.audio, batch.audio_mask, method="encode_audio")
+    clips, counts = run(Vita(config), params, batch.audio, batch.audio_mask, method="encode_audio")
     recorded = tensors["mid.audio_features"]
     lengths = np.asarray(tensors["in.audio_lengths"])
     found = 0
@@ -176,19 +186,19 @@ def test_greedy_tokens_with_cache(recording):
     tensors, meta, config, params, batch, _, _ = recording
     num_tokens = int(tensors["out.attention_mask"][0].sum())
     row = jax.tree.map(lambda x: x[:1], batch)
-    embeddings = Vita(config).apply({"params": params}, row, method="embed")
-    run = jax.jit(lambda *a: Vita(config).apply({"params": params}, *a, method=lambda m, *a: m.llm(*a)))
-    head = jax.jit(lambda x: Vita(config).apply({"params": params}, x, method=lambda m, x: m.llm.logits(x)))
+    embeddings = run(Vita(config), params, row, method="embed")
+    model = Vita(config)
     cache = init_llm_cache(config.llm, 1, embeddings.shape[1] + meta["gen"])
-    hidden, cache = run(embeddings, row.positions, cache.causal_mask(embeddings.shape[1]), cache)
-    assert_close(head(hidden)[:, :num_tokens], tensors["out.row0.logits"])
+    mask = cache.causal_mask(embeddings.shape[1])
+    hidden, cache = run(model, params, embeddings, row.positions, mask, cache, method=llm)
+    assert_close(run(model, params, hidden, method=logits_of)[:, :num_tokens], tensors["out.row0.logits"])
     cache = cache.replace(length=jnp.array([num_tokens]))
-    logits, tokens = [head(hidden[:, num_tokens - 1])], []
+    logits, tokens = [run(model, params, hidden[:, num_tokens - 1], method=logits_of)], []
     for _ in range(meta["gen"]):
         tokens.append(int(logits[-1].argmax()))
-        x = Vita(config).apply({"params": params}, jnp.array([tokens[-1:]]), method=lambda m, x: m.llm.embed(x))
-        hidden, cache = run(x, cache.length[:, None], cache.causal_mask(1), cache)
-        logits.append(head(hidden[:, 0]))
+        x = run(model, params, jnp.array([tokens[-1:]]), method=embed)
+        hidden, cache = run(model, params, x, cache.length[:, None], cache.causal_mask(1), cache, method=llm)
+        logits.append(run(model, params, hidden[:, 0], method=logits_of))
     np.testing.assert_array_equal(tokens, tensors["out.row0.greedy_tokens"])
     assert_close(np.concatenate(logits[:-1]), tensors["out.row0.greedy_logits"])
 
@@ -215,53 +225,54 @@ def tiny_batch(config, key, num_text=12):
 
 def test_absent_modality_is_absent():
     config = vita_tiny()
-    params = init_params(config, jax.random.key(0))
+    params = init_params(config, 0)
     batch = tiny_batch(config, jax.random.key(1))
-    both = Vita(config).apply({"params": params}, batch)
+    both = run(Vita(config), params, batch)
     text_row = jax.tree.map(lambda x: x[1:], batch).replace(tiles=None, tile_mask=None, audio=None, audio_mask=None)
-    assert_close(Vita(config).apply({"params": params}, text_row), both[1:], 1e-5)
+    assert_close(run(Vita(config), params, text_row), both[1:], 1e-5)
 
 
 def test_prefill_and_steps_equal_whole_pass():
     config = vita_tiny()
-    params = init_params(config, jax.random.key(0))
+    params = init_params(config, 0)
     batch = tiny_batch(config, jax.random.key(1))
     model = Vita(config)
-    whole = model.apply({"params": params}, batch)
-    x = model.apply({"params": params}, batch, method="embed")
+    whole = run(model, params, batch)
+    x = run(model, params, batch, method="embed")
     t, first = x.shape[1], x.shape[1] - 6
-    run = jax.jit(lambda *a: model.apply({"params": params}, *a, method=lambda m, *a: m.llm(*a)))
     cache = init_llm_cache(config.llm, 2, t)
     pieces = []
     for piece in [(0, first)] + [(i, i + 1) for i in range(first, t)]:
         mask = cache.causal_mask(piece[1] - piece[0])
-        hidden, cache = run(x[:, slice(*piece)], batch.positions[:, slice(*piece)], mask, cache)
+        hidden, cache = run(
+            model, params, x[:, slice(*piece)], batch.positions[:, slice(*piece)], mask, cache, method=llm
+        )
         pieces.append(hidden)
     hidden = jnp.concatenate(pieces, axis=1)
-    logits = model.apply({"params": params}, hidden, method=lambda m, h: m.llm.logits(h))
+    logits = run(model, params, hidden, method=logits_of)
     assert_close(logits, whole, 1e-5)
 
 
 def test_packed_conversations_do_not_see_each_other():
     config = vita_tiny()
-    params = init_params(config, jax.random.key(0))
+    params = init_params(config, 0)
     tokens = jax.random.randint(jax.random.key(1), (1, 24), 0, config.llm.vocab_size)
     ones = jnp.ones((1, 24))
     alone = Batch(tokens[:, 10:], jnp.arange(14)[None], jnp.ones((1, 14), jnp.int32), ones[:, 10:])
     segments = jnp.where(jnp.arange(24) < 10, 1, 2)[None]
     positions = jnp.concatenate([jnp.arange(10), jnp.arange(14)])[None]
-    packed = Vita(config).apply({"params": params}, Batch(tokens, positions, segments, ones))
-    assert_close(packed[:, 10:], Vita(config).apply({"params": params}, alone), 1e-5)
+    packed = run(Vita(config), params, Batch(tokens, positions, segments, ones))
+    assert_close(packed[:, 10:], run(Vita(config), params, alone), 1e-5)
 
 
 def test_bfloat16_computes_in_every_part():
     config = vita_tiny()
-    params = init_params(config, jax.random.key(0))
+    params = init_params(config, 0)
     batch = tiny_batch(config, jax.random.key(1))
-    full = Vita(config).apply({"params": params}, batch)
+    full = run(Vita(config), params, batch)
     half_config = config.with_dtype("bfloat16")
-    half = Vita(half_config).apply({"params": params}, batch)
-    embeddings = Vita(half_config).apply({"params": params}, batch, method="embed")
+    half = run(Vita(half_config), params, batch)
+    embeddings = run(Vita(half_config), params, batch, method="embed")
     assert embeddings.dtype == jnp.bfloat16 and half.dtype == jnp.float32
     assert_close(half, full, 6e-2)
 
@@ -269,10 +280,9 @@ def test_bfloat16_computes_in_every_part():
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
 def test_mesh_gives_the_same_tokens(shape):
     config = vita_tiny()
-    params = init_params(config, jax.random.key(0))
+    params = init_params(config, 0)
     batch = tiny_batch(config, jax.random.key(1))
-    forward = jax.jit(lambda p, b: Vita(config).apply({"params": p}, b))
-    alone = forward(params, batch)
+    alone = run(Vita(config), params, batch)
     mesh = sharding.make_mesh(shape)
     sharded = jax.device_put(params, sharding.param_shardings(boxed_shapes(config), mesh))
     spread = [s for s in jax.tree.leaves(sharded) if len(s.sharding.device_set) > 1 and not s.is_fully_replicated]

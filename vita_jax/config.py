@@ -294,13 +294,13 @@ def vita_nano() -> VitaConfig:
     return VitaConfig(
         name="vita_nano",
         vision=VisionConfig(
-            tile_px=112, patch_px=14, embed_dim=192, num_layers=6, num_heads=6, mlp_dim=768, out_dim=256
+            tile_px=112, patch_px=14, embed_dim=160, num_layers=6, num_heads=5, mlp_dim=640, out_dim=256
         ),
         audio=AudioConfig(
-            num_mel_bins=80, embed_dim=144, num_layers=6, num_heads=4, mlp_dim=576, adapter_dim=288, out_dim=256
+            num_mel_bins=80, embed_dim=128, num_layers=6, num_heads=4, mlp_dim=512, adapter_dim=256, out_dim=256
         ),
         llm=LlmConfig(
-            vocab_size=6144, embed_dim=256, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=32, mlp_dim=704,
+            vocab_size=6144, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2, head_dim=32, mlp_dim=512,
             max_positions=32768,
         ),
         speech=SpeechConfig(embed_dim=64, num_layers=4, num_heads=4, mlp_dim=256, num_codes=1024),
@@ -362,6 +362,22 @@ def override(config, words):
         except json.JSONDecodeError:
             node[path[-1]] = value
     return from_json(type(config), tree)
+
+
+def load(path) -> VitaConfig:
+    """The config in a JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, or not a config; the file and the key are named.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return from_json(VitaConfig, json.load(file))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json") from None
+    except ValueError as error:  # of the JSON or of the config
+        raise ValueError(f"{path}: {error}") from None
 
 
 def to_json(config) -> dict:

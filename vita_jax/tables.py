@@ -262,59 +262,62 @@ SPEECH = (
 
 
 def codec_rules(config: CodecConfig, parts=("decoder", "encoder")) -> tuple[Rule, ...]:
-    """The codec's table: the codebooks and those of `parts`. The published `num_batches_tracked` is not used."""
-    rules = [
-        Rule("quantizer.quantizer_modules.0.embedding.weight", "codebooks/code", "v d -> v d"),
-        Rule("quantizer.quantizer_modules_globaltokens.{}.embedding.weight", "codebooks/global", "v d -> v d"),
-    ]
+    """The codec's table: codebooks and `parts`. `num_batches_tracked` has no place in the model."""
+    rules = _CODEBOOKS
     if "decoder" in parts:
         rules += _codec_convs(config, config.resblock_dilations, "generator.", "decoder/", "ups")
-        rules += _weight_norm("generator.conv_post.", "decoder/conv_post/")
+        rules += below(_WEIGHT_NORM, "generator.conv_post.", "decoder/conv_post/")
     if "encoder" in parts:
-        rules += _codec_convs(config, config.resblock_dilations[::-1], "encoder.", "encoder/", "downs")
-        for i in range(len(config.upsample_rates) * len(config.resblock_dilations)):
-            rules += below(_CODEC_NORM, f"encoder.normalize.{i}.", f"encoder/norms_{i}/")
-        rules += _CODEC_ENCODER
-    return tuple(rules)
-
-
-def _codec_convs(config, dilations, published, path, resampling):
-    """What decoder and encoder share: the first convolution, the resampling ones and the residual blocks."""
-    rules = _weight_norm(f"{published}conv_pre.", f"{path}conv_pre/")
-    for stage in range(len(config.upsample_rates)):
-        rules += _weight_norm(f"{published}ups.{stage}.", f"{path}{resampling}_{stage}/")
-        for i, block in enumerate(dilations, start=stage * len(dilations)):
-            for j in range(len(block)):
-                rules += _weight_norm(f"{published}resblocks.{i}.convs1.{j}.", f"{path}resblocks_{i}/dilated_{j}/")
-                rules += _weight_norm(f"{published}resblocks.{i}.convs2.{j}.", f"{path}resblocks_{i}/plain_{j}/")
+        dilations = config.resblock_dilations[::-1]
+        rules += _codec_convs(config, dilations, "encoder.", "encoder/", "downs")
+        for i in range(len(config.upsample_rates) * len(dilations)):
+            rules += below(_SCALE_AND_BIAS, f"encoder.normalize.{i}.", f"encoder/norms_{i}/")
+        rules += below(_CODEC_ENCODER, "encoder.", "encoder/")
     return rules
 
 
-def _weight_norm(published, path):
-    """One convolution. Of a transposed one the published first axis, and so our last, is the input channel."""
-    return (
-        Rule(published + "weight_g", path + "g", "o 1 1 -> o"),
-        Rule(published + "weight_v", path + "v", "o i k -> k i o"),
-        Rule(published + "bias", path + "bias", "o -> o"),
-    )
+def _codec_convs(config, dilations, published, path, resampling):
+    """What codec decoder and encoder share: first, resampling and residual convolutions."""
+    rules = below(_WEIGHT_NORM, "conv_pre.", "conv_pre/")
+    for stage in range(len(config.upsample_rates)):
+        rules += below(_WEIGHT_NORM, f"ups.{stage}.", f"{resampling}_{stage}/")
+        for i, block in enumerate(dilations, start=stage * len(dilations)):
+            for j in range(len(block)):
+                for theirs, ours in (("convs1", "dilated"), ("convs2", "plain")):
+                    names = f"resblocks.{i}.{theirs}.{j}.", f"resblocks_{i}/{ours}_{j}/"
+                    rules += below(_WEIGHT_NORM, *names)
+    return below(rules, published, path)
 
 
-_CODEC_NORM = (
+_CODEBOOKS = (
+    Rule("quantizer.quantizer_modules.0.embedding.weight", "codebooks/code", "v d -> v d"),
+    Rule(
+        "quantizer.quantizer_modules_globaltokens.{}.embedding.weight",
+        "codebooks/global",
+        "v d -> v d",
+    ),
+)
+_WEIGHT_NORM = (  # of a transposed convolution the published first axis, "o", is its input
+    Rule("weight_g", "g", "o 1 1 -> o"),
+    Rule("weight_v", "v", "o i k -> k i o"),
+    Rule("bias", "bias", "o -> o"),
+)
+_SCALE_AND_BIAS = (
     Rule("weight", "scale", "c -> c"),
     Rule("bias", "bias", "c -> c"),
 )
 _CODEC_ENCODER = (
-    Rule("encoder.conv_post.weight", "encoder/conv_post/kernel", "o i k -> k i o"),
-    Rule("encoder.conv_post.bias", "encoder/conv_post/bias", "o -> o"),
-    Rule("encoder.linear.0.weight", "encoder/unused", "o i -> i o"),
-    Rule("encoder.linear.0.bias", "encoder/unused_bias", "o -> o"),
-    Rule("encoder.GlobalTokenEncoder.conv.0.weight", "encoder/timbre/conv_0", "o i k -> k i o"),
-    Rule("encoder.GlobalTokenEncoder.conv.2.weight", "encoder/timbre/conv_1", "o i k -> k i o"),
-    Rule("encoder.GlobalTokenEncoder.conv.4.weight", "encoder/timbre/conv_2", "o i k -> k i o"),
-    Rule("encoder.GlobalTokenEncoder.fn.0.weight", "encoder/timbre/out", "o i -> i o"),
-    Rule("encoder.GlobalTokenEncoder.fn.0.bias", "encoder/timbre/out_bias", "o -> o"),
-    Rule("encoder.GlobalTokenEncoder.fn.2.weight", "encoder/timbre/norm/scale", "c -> c"),
-    Rule("encoder.GlobalTokenEncoder.fn.2.bias", "encoder/timbre/norm/bias", "c -> c"),
-    Rule("encoder.GlobalTokenEncoder.fn.2.running_mean", "encoder/timbre/norm/running_mean", "c -> c"),
-    Rule("encoder.GlobalTokenEncoder.fn.2.running_var", "encoder/timbre/norm/running_var", "c -> c"),
+    Rule("conv_post.weight", "conv_post/kernel", "o i k -> k i o"),
+    Rule("conv_post.bias", "conv_post/bias", "o -> o"),
+    Rule("linear.0.weight", "unused", "o i -> i o"),
+    Rule("linear.0.bias", "unused_bias", "o -> o"),
+    Rule("GlobalTokenEncoder.conv.0.weight", "timbre/conv_0", "o i k -> k i o"),
+    Rule("GlobalTokenEncoder.conv.2.weight", "timbre/conv_1", "o i k -> k i o"),
+    Rule("GlobalTokenEncoder.conv.4.weight", "timbre/conv_2", "o i k -> k i o"),
+    Rule("GlobalTokenEncoder.fn.0.weight", "timbre/out", "o i -> i o"),
+    Rule("GlobalTokenEncoder.fn.0.bias", "timbre/out_bias", "o -> o"),
+    Rule("GlobalTokenEncoder.fn.2.weight", "timbre/norm/scale", "c -> c"),
+    Rule("GlobalTokenEncoder.fn.2.bias", "timbre/norm/bias", "c -> c"),
+    Rule("GlobalTokenEncoder.fn.2.running_mean", "timbre/norm/running_mean", "c -> c"),
+    Rule("GlobalTokenEncoder.fn.2.running_var", "timbre/norm/running_var", "c -> c"),
 )

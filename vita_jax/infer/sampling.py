@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +20,8 @@ class Sampler:
       temperature: 0 is greedy.
       top_k: only the k likeliest tokens; 0 is all.
       top_p: only the likeliest tokens that together have this probability.
-      penalty: logits are divided by it once for each time the token occurs among the last `penalty_window`
-        (the release's rule: also when negative, where it raises them). 1 is off.
-      penalty_window: 0 or less is off.
-      banned: ids that are never drawn.
+      penalty: strength of the repetition penalty, 1 is off. Text: `penalize_seen`. Speech: `penalize`.
+      penalty_window: codes that the speech decoder's penalty looks back at; 0 is off.
     """
 
     temperature: float = 0.0
@@ -30,17 +29,48 @@ class Sampler:
     top_p: float = 1.0
     penalty: float = 1.0
     penalty_window: int = 0
-    banned: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.penalty <= 0:
+        good = (
+            self.temperature >= 0
+            and self.top_k >= 0
+            and 0 < self.top_p <= 1
+            and self.penalty > 0
+            and self.penalty_window >= 0
+        )
+        if not good:
             raise ValueError(
-                f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and penalty > 0"
+                f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, penalty > 0, penalty_window >= 0"
             )
+
+    def arrays(self) -> dict:
+        """The settings as arrays for `sample` and the penalties."""
+        return {
+            "temperature": np.float32(self.temperature),
+            "top_k": np.int32(self.top_k),
+            "top_p": np.float32(self.top_p),
+            "penalty": np.float32(self.penalty),
+        }
+
+
+def penalize_seen(logits, seen, penalty):
+    """Logits of `seen` tokens made less likely: divided by `penalty` if positive, multiplied if negative.
+
+    Args:
+      logits: float32[B, V].
+      seen: bool[B, V].
+      penalty: float, 1 changes nothing.
+
+    Returns:
+      float32[B, V]. Source: CTRL (arXiv 1909.05858), as Qwen2.5's generation settings mean it.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def penalize(logits, recent, penalty):
-    """Logits divided by `penalty` for each occurrence of their token in `recent`.
+    """Logits divided by `penalty` once for each occurrence of their token in `recent`.
+
+    A negative logit is divided too and so rises: the release's rule, off by default there.
 
     Args:
       logits: float32[B, V].

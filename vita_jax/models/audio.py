@@ -55,7 +55,7 @@ class Audio(nn.Module):
         self.adapter = Adapter(c)
         if c.num_prompts:
             self.prompts = bias(
-                self, "prompts", (c.num_prompts, c.out_dim), (None, "act_embed"), nn.initializers.normal(0.02)
+                self, "prompts", (c.num_prompts, c.out_dim), (None, "act_embed"), std=0.02
             )
 
     def __call__(self, frames, num_frames):
@@ -191,7 +191,7 @@ class Cmvn(nn.Module):
     def __call__(self, frames):
         bins = (self.config.num_mel_bins,)
         mean = bias(self, "mean", bins, (None,))
-        istd = bias(self, "istd", bins, (None,), nn.initializers.ones)
+        istd = bias(self, "istd", bins, (None,), mean=1.0)
         return (frames.astype(jnp.float32) - mean.astype(jnp.float32)) * istd.astype(jnp.float32)
 
 

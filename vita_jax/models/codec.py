@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.config import CodecConfig
+from vita_jax.models.layers import bias, drawn, weight
 
 # Constants of the published weights that no configuration states.
 LEAKY_SLOPE = 0.1
@@ -23,6 +24,8 @@ TIMBRE_KERNEL = 3
 GROUP_NORM_CHANNELS = 16  # in one group
 GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
+
+KERNEL_AXES = (None, None, "channels")
 
 
 @flax.struct.dataclass
@@ -111,23 +114,24 @@ class Codebooks(nn.Module):
 
     def setup(self):
         c = self.config
-        init = nn.initializers.normal(1.0)
         global_shape = (c.num_global_tokens, c.num_codes, c.global_code_dim)
-        self.code = self.param("code", _named(init, 2), (c.num_codes, c.code_dim))
-        self.global_code = self.param("global", _named(init, 3), global_shape)
+        code = bias(self, "code", (c.num_codes, c.code_dim), (None, "channels"), std=1.0)
+        global_code = bias(self, "global", global_shape, (None, None, "channels"), std=1.0)
+        self.code = jnp.asarray(code, jnp.float32)
+        self.global_code = jnp.asarray(global_code, jnp.float32)
 
     def codewords(self, codes):
         """float32[B, S, D] for codec tokens int32[B, S]."""
-        return self.code[codes].astype(jnp.float32)
+        return self.code[codes]
 
     def timbre(self, global_tokens):
         """float32[B, E] for global tokens int32[B, G]: their codewords side by side."""
         words = self.global_code[jnp.arange(self.config.num_global_tokens), global_tokens]
-        return words.reshape(len(words), -1).astype(jnp.float32)
+        return words.reshape(len(words), -1)
 
 
 class Decoder(nn.Module):
-    """Codewords -> waveform. Source: HiFi-GAN (arXiv 2010.05646), generator; timbre as in TiCodec."""
+    """Codewords -> waveform. Source: HiFi-GAN (arXiv 2010.05646), the generator; TiCodec."""
 
     config: CodecConfig
 
@@ -183,8 +187,8 @@ class Encoder(nn.Module):
         self.conv_post = Conv(c.code_dim, ENCODER_OUT_KERNEL, weight_norm=False)
         self.timbre = TimbreEncoder(c)
         # The release's checkpoint holds this layer and its code never calls it.
-        self.param("unused", _named(_init, 2), (c.global_dim, c.global_dim))
-        self.param("unused_bias", _named(nn.initializers.zeros, 1), (c.global_dim,))
+        weight(self, "unused", (c.global_dim, c.global_dim), (None, "channels"))
+        bias(self, "unused_bias", (c.global_dim,), ("channels",))
 
     def __call__(self, waveform):
         """From float32[B, W] waveform to float32[B, S, D] vectors and float32[B, E] timbre."""
@@ -213,12 +217,12 @@ class TimbreEncoder(nn.Module):
         size = self.config.global_dim
         inputs, hidden, outputs = self.config.global_conv
         for i, shape in enumerate(((inputs, hidden), (hidden, hidden), (hidden, outputs))):
-            kernel = self.param(f"conv_{i}", _named(_init, 3), (TIMBRE_KERNEL, *shape))
+            kernel = weight(self, f"conv_{i}", (TIMBRE_KERNEL, *shape), KERNEL_AXES, num_inputs=2)
             x = _convolve(x, kernel, padding=TIMBRE_KERNEL // 2)
             x = nn.leaky_relu(x, LEAKY_SLOPE)
-        out = self.param("out", _named(_init, 2), (outputs, size))
-        bias = self.param("out_bias", _named(nn.initializers.zeros, 1), (size,))
-        x = jnp.einsum("BC,CE->BE", x.mean(axis=1), out.astype(jnp.float32)) + bias
+        out = weight(self, "out", (outputs, size), (None, "channels"))
+        shift = bias(self, "out_bias", (size,), ("channels",))
+        x = jnp.einsum("BC,CE->BE", x.mean(axis=1), out.astype(jnp.float32)) + shift
         return BatchNorm(name="norm")(nn.leaky_relu(x, LEAKY_SLOPE))
 
 
@@ -229,11 +233,12 @@ class BatchNorm(nn.Module):
     def __call__(self, x):
         """From float32[B, E] to float32[B, E]."""
         size = x.shape[-1:]
-        scale = self.param("scale", _named(nn.initializers.ones, 1), size)
-        bias = self.param("bias", _named(nn.initializers.zeros, 1), size)
-        mean = self.param("running_mean", _named(nn.initializers.zeros, 1), size)
-        var = self.param("running_var", _named(nn.initializers.ones, 1), size)
-        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + bias
+        axes = ("channels",)
+        scale = bias(self, "scale", size, axes, mean=1.0)
+        shift = bias(self, "bias", size, axes)
+        mean = bias(self, "running_mean", size, axes)
+        var = bias(self, "running_var", size, axes, mean=1.0)
+        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + shift
 
 
 class ResBlock(nn.Module):
@@ -283,18 +288,17 @@ class Conv(nn.Module):
         """From float32[B, W, C], valid up to int32[B] lengths, to float32[B, W', features]."""
         channels = (x.shape[-1], self.features)
         shape = (self.width, *(channels[::-1] if self.transposed else channels))
+        kernel = weight(self, "v" if self.weight_norm else "kernel", shape, KERNEL_AXES, num_inputs=2)
         if self.weight_norm:
-            v = self.param("v", _named(_init, 3), shape)
-            g = self.param("g", _named(lambda key, shape: _length(v), 1), shape[-1:])
-            kernel = _fold(g, v)
-        else:
-            kernel = self.param("kernel", _named(_init, 3), shape)
-        bias = self.param("bias", _named(nn.initializers.zeros, 1), (self.features,))
+            # Each direction has about this length at the start: the inputs' count times their variance.
+            length = bias(self, "g", shape[-1:], ("channels",), mean=1.0)
+            kernel = _fold(length, kernel)
+        shift = bias(self, "bias", (self.features,), ("channels",))
         x = _mask(x, lengths)
         if self.transposed:
             kernel, padding = kernel[::-1].swapaxes(1, 2), self.width - 1 - self.padding
-            return _convolve(x, kernel, spread=self.stride, padding=padding) + bias
-        return _convolve(x, kernel, self.stride, self.dilation, padding=self.padding) + bias
+            return _convolve(x, kernel, spread=self.stride, padding=padding) + shift
+        return _convolve(x, kernel, self.stride, self.dilation, padding=self.padding) + shift
 
 
 def quantize(x, codebook, config: CodecConfig):
@@ -330,7 +334,7 @@ def _fold(g, v):
 
 
 def _length(v):
-    return jnp.sqrt(jnp.sum(jnp.square(v, dtype=jnp.float32), axis=(0, 1)))
+    return jnp.sqrt(jnp.sum(v.astype(jnp.float32) ** 2, axis=(0, 1)))
 
 
 def _mask(x, lengths):
@@ -358,15 +362,6 @@ def _group_norm(channels):
         max(1, channels // GROUP_NORM_CHANNELS),
         epsilon=GROUP_NORM_EPS,
         use_fast_variance=False,
-        bias_init=_named(nn.initializers.zeros, 1),
-        scale_init=_named(nn.initializers.ones, 1),
+        bias_init=lambda key, shape, dtype: drawn(("channels",))(key, shape),
+        scale_init=lambda key, shape, dtype: drawn(("channels",), mean=1.0)(key, shape),
     )
-
-
-# Keeps the signal's size from layer to layer, so that random weights already sound.
-_init = nn.initializers.lecun_normal()
-
-
-def _named(init, rank):
-    """`init` with axis names; all of them are replicated."""
-    return nn.with_logical_partitioning(init, (None,) * (rank - 1) + ("channels",))

@@ -6,6 +6,8 @@ Read next: `llm.py`.
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -15,18 +17,32 @@ ACTIVATIONS = ("batch", "seq", "act_embed")
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
 
 
+@flax.struct.dataclass
+class Drawn(nn.LogicallyPartitioned):
+    """A parameter with its axis names and what it is drawn from at the start: N(mean, std^2)."""
+
+    mean: float = flax.struct.field(default=0.0, pytree_node=False)
+    std: float = flax.struct.field(default=0.0, pytree_node=False)
+
+
+def drawn(axes, std: float = 0.0, mean: float = 0.0):
+    """The initialiser of a parameter that starts as N(mean, std^2)."""
+
+    def init(key, shape):
+        value = jnp.full(shape, mean) + (std * jax.random.normal(key, shape) if std else 0)
+        return Drawn(value, axes, mean=mean, std=std)
+
+    return init
+
+
 def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> jax.Array:
     """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it is used."""
-    axis = tuple(range(len(shape)))
-    init = nn.initializers.variance_scaling(
-        1.0, "fan_in", "normal", in_axis=axis[:num_inputs], out_axis=axis[num_inputs:]
-    )
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+    return module.param(name, drawn(axes, math.prod(shape[:num_inputs]) ** -0.5), shape)
 
 
-def bias(module: nn.Module, name: str, shape, axes, init=nn.initializers.zeros) -> jax.Array:
-    """A parameter that starts at zero, or as `init` says."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+def bias(module: nn.Module, name: str, shape, axes, std: float = 0.0, mean: float = 0.0) -> jax.Array:
+    """A parameter that starts at `mean`, or around it."""
+    return module.param(name, drawn(axes, std, mean), shape)
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +52,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), nn.initializers.ones)
+        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), mean=1.0)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -49,7 +65,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), nn.initializers.ones)
+        scale = bias(self, "scale", (x.shape[-1],), ("act_embed",), mean=1.0)
         shift = bias(self, "bias", (x.shape[-1],), ("act_embed",))
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)

@@ -9,7 +9,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vita_jax.config import LlmConfig
-from vita_jax.models.layers import ACTIVATIONS, Cache, GatedBlock, RMSNorm, init_cache, stack, weight
+from vita_jax.models.layers import (
+    ACTIVATIONS,
+    Cache,
+    GatedBlock,
+    RMSNorm,
+    bias,
+    init_cache,
+    stack,
+    weight,
+)
 
 
 class Llm(nn.Module):
@@ -19,9 +28,8 @@ class Llm(nn.Module):
 
     def setup(self):
         c = self.config
-        table = nn.initializers.normal(0.02)
-        self.embedding = self.param(
-            "embedding", nn.with_logical_partitioning(table, ("vocab", "table_embed")), (c.vocab_size, c.embed_dim)
+        self.embedding = bias(
+            self, "embedding", (c.vocab_size, c.embed_dim), ("vocab", "table_embed"), std=0.02
         )
         self.head = weight(self, "head", (c.embed_dim, c.vocab_size), ("embed", "vocab"))
         self.blocks = stack(GatedBlock, c, c.num_layers, "blocks")

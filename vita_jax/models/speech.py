@@ -22,7 +22,7 @@ class Speech(nn.Module):
     def setup(self):
         c = self.config
         self.embedding = bias(
-            self, "embedding", (c.vocab_size, c.embed_dim), ("vocab", "table_embed"), nn.initializers.normal(0.02)
+            self, "embedding", (c.vocab_size, c.embed_dim), ("vocab", "table_embed"), std=0.02
         )
         self.nar = stack(GatedBlock, c, c.num_nar_layers, "nar")
         self.ar = stack(GatedBlock, c, c.num_layers, "ar")

@@ -48,11 +48,11 @@ class InternVit(nn.Module):
         c = self.config
         self.patch = PatchEmbedding(c)
         self.class_embedding = bias(
-            self, "class_embedding", (c.embed_dim,), ("act_embed",), nn.initializers.normal(0.02)
+            self, "class_embedding", (c.embed_dim,), ("act_embed",), std=0.02
         )
         self.position_embedding = bias(
             self, "position_embedding", (1 + c.grid**2, c.embed_dim), (None, "act_embed"),
-            nn.initializers.normal(0.02),
+            std=0.02,
         )  # fmt: skip
         self.blocks = stack(VisionBlock, c, c.num_layers, "blocks")
 
@@ -98,7 +98,7 @@ class VisionBlock(nn.Module):
         c = self.config
 
         def scale(name):
-            return bias(self, name, (c.embed_dim,), ("act_embed",), nn.initializers.ones).astype(x.dtype)
+            return bias(self, name, (c.embed_dim,), ("act_embed",), mean=1.0).astype(x.dtype)
 
         x = x + scale("attn_scale") * VisionAttention(c, name="attn")(LayerNorm(c.norm_eps, name="attn_norm")(x))
         x = x + scale("mlp_scale") * VisionMlp(c, name="mlp")(LayerNorm(c.norm_eps, name="mlp_norm")(x))

@@ -6,10 +6,14 @@ Read next: `vision.py` for a picture, `audio.py` for an utterance, then `llm.py`
 
 from __future__ import annotations
 
+import zlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vita_jax import params as trees
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
 from vita_jax.config import VitaConfig
 from vita_jax.models.audio import Audio
@@ -125,6 +129,18 @@ def param_shapes(config: VitaConfig):
     return nn.unbox(boxed_shapes(config))
 
 
-def init_params(config: VitaConfig, key):
-    """Random parameters, float32, as a nested dict; the same key gives the same numbers."""
-    return nn.unbox(Vita(config).init(key, method="touch")["params"])
+def init_params(config: VitaConfig, seed: int):
+    """Random parameters, float32 in NumPy, as a nested dict; the same seed gives the same numbers anywhere."""
+    boxed = trees.flatten(boxed_shapes(config))
+    return trees.unflatten({path: draw(path, box, seed) for path, box in boxed.items()})
+
+
+def draw(path: str, box, seed: int) -> np.ndarray:
+    """float32 start of one parameter; `box` is its entry of `boxed_shapes`. Each path has its own random stream."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode())]))
+    if not box.std:
+        return np.full(box.value.shape, box.mean, np.float32)
+    values = rng.standard_normal(box.value.shape, np.float32)
+    values *= np.float32(box.std)
+    values += np.float32(box.mean)
+    return values

@@ -1,0 +1,257 @@
+"""`vita`: the verbs of the package on the command line. Each calls one function and prints what came of it.
+
+Bad input ends with one line on stderr and exit code 2; nothing is written then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from vita_jax import config as configs
+
+DESCRIPTION = """\
+VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text and speech.
+
+  vita init vita_nano build/nano                    a small model with random weights
+  vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
+  vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
+  vita info vita_7b                                 what a model is made of
+
+`vita VERB --help` tells more about a verb."""
+
+
+def main(arguments=None) -> int:
+    """Runs `vita` with `arguments` (those of the process by default) and returns its exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"vita {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        "vita", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name, run, help, more=""):
+        sub = verbs.add_parser(
+            name, help=help, description=help + more, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    chat = verb(
+        "chat",
+        _chat,
+        "ask about pictures, video, sound or nothing, in text or speech",
+        """
+
+Give any combination of --text, --image, --audio and --video; pictures come before the words.
+With --interactive, type a line to ask; /image F, /video F and /audio F add to the next question,
+/quit leaves. The conversation is remembered.""",
+    )
+    chat.add_argument("checkpoint", metavar="CKPT", help="folder made by `vita init` or `vita convert`")
+    chat.add_argument("--text", help="written question")
+    chat.add_argument("--image", action="append", default=[], metavar="F", help="picture; may be given several times")
+    chat.add_argument("--audio", metavar="F", help="recorded question: wav, flac, ogg, mp3, ...")
+    chat.add_argument("--video", metavar="F", help="video: mp4, webm, ...; looked at once a second")
+    chat.add_argument("--out", metavar="WAV", help="write the spoken reply here, and a timeline beside it as .png")
+    chat.add_argument("--interactive", action="store_true", help="go on talking")
+    chat.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    chat.add_argument("--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)")
+    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    chat.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest (default: all)")
+    chat.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this total probability")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
+    chat.add_argument("--seed", type=int, default=0, help="the same seed draws the same reply")
+
+    init = verb(
+        "init",
+        _init,
+        "write a checkpoint of seeded random weights",
+        "\n\nFurther words override the preset: vita init vita_nano DST llm.num_layers=2",
+    )
+    init.add_argument("preset", metavar="PRESET", help=", ".join(configs.PRESETS))
+    init.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
+    init.add_argument("overrides", nargs="*", metavar="key=value")
+    init.add_argument("--seed", type=int, default=0)
+    init.add_argument("--tokenizer", metavar="DIR", help="folder with a Qwen2 tokenizer (vita_7b needs one)")
+
+    convert = verb(
+        "convert",
+        _convert,
+        "published PyTorch weights to our layout, or back",
+        """
+
+SRC is the release's folder, or a folder with plain Qwen2.5, InternViT and audio-encoder folders in it.
+Needs `pip install 'vita_jax[convert]'` for .pt files. With --to-torch, SRC is one of our checkpoints.""",
+    )
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
+    convert.add_argument("--to-torch", action="store_true", help="write a checkpoint back, byte for byte")
+
+    info = verb("info", _info, "the parameters of a preset or checkpoint, part by part")
+    info.add_argument("model", metavar="PRESET|CONFIG|CKPT", help="vita_7b, a config.json or a checkpoint folder")
+    info.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def _chat(args):
+    from vita_jax import Sampler, load
+
+    if args.out and Path(args.out).suffix.lower() != ".wav":
+        raise ValueError(f"--out {args.out}: expected a file name ending in .wav")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first")
+    if not (args.interactive or args.text or args.image or args.audio or args.video):
+        raise ValueError("nothing to ask: give --text, --image, --audio, --video or --interactive")
+    mesh = _mesh(args.mesh)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
+    }
+    engine = load(args.checkpoint, mesh, args.dtype, args.max_tokens)
+    _say_untrained(args.checkpoint)
+    speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
+    if args.out and not speak:
+        raise ValueError(f"--out {args.out}: {args.checkpoint} has no speech decoder or codec, it can only write")
+    turn = {"text": args.text, "images": args.image, "audio": args.audio, "video": args.video}
+    history = []
+    if any(turn.values()):
+        history.append(_turn(engine, turn, history, speak, args.out, options))
+    while args.interactive:
+        turn = _ask()
+        if turn is None:
+            return
+        try:
+            history.append(_turn(engine, turn, history, speak, args.out, options))
+        except (ValueError, OSError) as error:  # a mistyped file name must not end the conversation
+            print(f"vita chat: {error}", file=sys.stderr)
+
+
+def _turn(engine, turn, history, speak, out, options):
+    """Answers one turn on the console and, if `out`, in a file; returns it for the history."""
+    from vita_jax import AudioChunk, Done, TextDelta
+    from vita_jax.data.prompts import STATES
+
+    for event in engine.stream(**turn, history=history, speak=speak, **options):
+        if isinstance(event, TextDelta):
+            print(event.text, end="", flush=True)
+        elif isinstance(event, AudioChunk):
+            continue
+        elif isinstance(event, Done):
+            reply = event.reply
+    seen = reply.seen
+    print()
+    if seen.num_tiles:
+        print(f"seen:   {seen.num_tiles} tiles = {seen.num_tile_embeddings} embeddings")
+    if seen.num_audio_frames:
+        print(
+            f"heard:  {seen.num_audio_frames} frames ({seen.num_audio_frames / 100:.2f} s)"
+            f" = {seen.num_audio_embeddings} embeddings"
+        )
+    print(f"read:   {seen.num_text_tokens} text tokens, prompt and history included")
+    print(f"state:  {STATES[reply.state] + ' ' + reply.state if reply.state else 'no state token'}")
+    print("times:  " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in reply.times_s.items()))
+    if out:
+        _write(reply, turn, out)
+    return reply.turn
+
+
+def _write(reply, turn, out):
+    """The spoken reply as a wav file and the timeline beside it."""
+    from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, write_wav
+    from vita_jax.plot import timeline
+
+    write_wav(out, reply.audio, reply.sample_rate_hz)
+    question = [] if turn["audio"] is None else read_audio(turn["audio"])
+    events = {name: reply.times_s[name] for name in ("first token", "first sound") if name in reply.times_s}
+    picture = str(Path(out).with_suffix(".png"))
+    timeline(question, SAMPLE_RATE_HZ, reply.audio, reply.sample_rate_hz, events, picture)
+    print(f"spoken: {len(reply.audio) / reply.sample_rate_hz:.2f} s in {out}, timeline in {picture}")
+
+
+def _ask():
+    """The next turn as typed, or None at the end."""
+    turn = {"text": None, "images": [], "audio": None, "video": None}
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return None
+        command, *rest = shlex.split(line) if line.startswith("/") else [""]
+        if command in ("/quit", "/exit"):
+            return None
+        if command == "/image":
+            turn["images"] += rest
+        elif command in ("/audio", "/video") and len(rest) == 1:
+            turn[command[1:]] = rest[0]
+        elif command:
+            print(f"{line}: expected /image F, /audio F, /video F or /quit")
+        elif line or any(turn.values()):
+            return turn | {"text": line or None}
+
+
+def _say_untrained(checkpoint):
+    provenance = json.loads(Path(checkpoint, "provenance.json").read_text())
+    if not provenance["trained"]:
+        print("These weights are untrained: random numbers. The reply shows that every part runs; it means nothing.")
+
+
+def _mesh(words):
+    if words is None:
+        return None
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise ValueError(f"--mesh {words}: expected three numbers, as in 1,1,4") from None
+
+
+def _init(args):
+    from vita_jax import checkpoint
+
+    checkpoint.initialize(args.preset, args.target, args.seed, args.overrides, args.tokenizer)
+    print(f"{args.target}: {args.preset} with random weights, seed {args.seed}. Try: vita chat {args.target} --text hello")
+
+
+def _convert(args):
+    from vita_jax import release
+
+    if args.to_torch:
+        release.to_torch(args.source, args.target)
+        print(f"{args.target}: the published layout")
+    else:
+        release.convert(args.source, args.target)
+        print(f"{args.target}: converted. Try: vita info {args.target}")
+
+
+def _info(args):
+    from vita_jax.checkpoint import part_counts
+
+    path = Path(args.model)
+    if args.model in configs.PRESETS:
+        config = configs.PRESETS[args.model]()
+    elif path.is_dir() or path.is_file():
+        config = configs.load(path / "config.json" if path.is_dir() else path)
+    else:
+        raise ValueError(f"{args.model}: neither a preset ({', '.join(configs.PRESETS)}) nor a file or folder")
+    config = configs.override(config, args.overrides)
+    counts = part_counts(config)
+    print(f"{config.name}: {config.vision.tile_px} px tiles of {config.vision.embeddings_per_tile} embeddings, "
+          f"{config.audio.num_mel_bins} mel bins, vocabulary {config.llm.vocab_size}, prompts of {config.max_tokens}")  # fmt: skip
+    for part, number in counts.items():
+        print(f"  {part:<16} {number:>15,}")

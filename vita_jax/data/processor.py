@@ -1,0 +1,449 @@
+"""Raw conversations to arrays: a turn to answer or a training sample to an `Example`, to a `Batch`.
+
+Goes in: texts and files. Comes out: token ids with a placeholder for each embedding of each picture
+and clip, the tiles and filter banks for these, and where the targets are.
+Read next: `models/vita.py`.
+Source: the release's data loader, conversation template and command-line demo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
+from vita_jax.config import VitaConfig
+from vita_jax.data.audio import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ, fbank, read_audio
+from vita_jax.data.image import fit_frame, normalize, read_image, tile_image
+from vita_jax.data.prompts import (
+    ASSISTANT,
+    AUDIO,
+    END,
+    IMAGE,
+    STATES,
+    SYSTEM,
+    SYSTEM_PROMPTS,
+    USER,
+    VIDEO,
+)
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.data.video import read_video
+
+UNTILED_SETS = ("khair", "jester")  # whose pictures, if a sample has several, are one tile each
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a user gave in one turn and, once it is over, what the reply was.
+
+    Attributes:
+      text: the words, or None. `<image>`, `<video>` and `<audio>` in it say where things go; else
+        pictures and video come first, on a line of their own, and sound last.
+      images: a picture or several, each a file or anything else `image.read_image` takes.
+      audio: a file or anything else `audio.read_audio` takes, or None.
+      video: a file, or its frames as anything `image.read_image` takes, or None.
+      reply: the reply with its state token, or None.
+    """
+
+    text: str | None = None
+    images: Sequence = ()
+    audio: object = None
+    video: object = None
+    reply: str | None = None
+
+    def __post_init__(self):
+        several = isinstance(self.images, (list, tuple))
+        object.__setattr__(self, "images", tuple(self.images if several else _listed(self.images)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation as arrays.
+
+    Attributes:
+      tokens: int32[T] text ids and placeholder ids, one for each embedding.
+      loss_mask: float32[T] 1 on replies, from the state token to `<|im_end|>`, these included.
+      tiles: float32[I, px, px, 3] normalised pixels in the order of their placeholders, or None.
+      audio: float32[A, M] filter banks, one for each clip, in the order of their placeholders.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    tiles: np.ndarray | None
+    audio: tuple[np.ndarray, ...]
+
+
+class Processor:
+    """Makes an `Example` of a raw conversation: `prompt` to answer it, `sample` to train on it."""
+
+    def __init__(
+        self,
+        config: VitaConfig,
+        tokenizer: Tokenizer,
+        max_tokens: int | None = None,
+        video_rate: float = 1.0,
+    ):
+        """Joins a model's sizes and a vocabulary.
+
+        Args:
+          config: of the model that the examples are for.
+          tokenizer: one whose ids the model knows.
+          max_tokens: longest conversation, at most `llm.max_positions`; None is the config's.
+          video_rate: frames a second to look at; the release answers with 1 and trains with 3.
+
+        Raises:
+          ValueError: the tokenizer has more ids than the model, or `max_tokens` is out of range.
+        """
+        if tokenizer.vocab_size > config.llm.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, but {config.name} has "
+                f"llm.vocab_size={config.llm.vocab_size}; give the tokenizer of this model"
+            )
+        max_tokens = config.max_tokens if max_tokens is None else max_tokens
+        if not 0 < max_tokens <= config.llm.max_positions:
+            limit = f"llm.max_positions={config.llm.max_positions}"
+            raise ValueError(f"max_tokens={max_tokens}: expected 1 to {limit}")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.video_rate = video_rate
+
+    def prompt(
+        self,
+        text: str | None = None,
+        images: Sequence = (),
+        audio=None,
+        video=None,
+        history: Iterable[Turn] = (),
+        rng: np.random.Generator | None = None,
+    ) -> Example:
+        """The conversation up to where the reply starts.
+
+        Args:
+          text: words of the turn to answer; this and the next three are as in `Turn`.
+          images: its pictures.
+          audio: its sound.
+          video: its video.
+          history: the turns before, oldest first, each with its reply.
+          rng: source of the noise `audio.dither`; None adds none.
+
+        Raises:
+          FileNotFoundError: a file is not there.
+          ValueError: a file cannot be used, a turn is empty or has other things than its text says,
+            a clip is longer than the encoder takes, or the whole is longer than `max_tokens`.
+        """
+        turns = [*history, Turn(text, images, audio, video)]
+        messages, tiles, clips = [], [], []
+        for number, turn in enumerate(turns, 1):
+            where = "prompt" if number == len(turns) else f"history, turn {number}"
+            if turn.reply is None and number < len(turns):
+                raise ValueError(f"{where}: no reply; give it or leave the turn out")
+            message = _place(turn, where)
+            pictures = [self._tiles(source) for source in turn.images]
+            message, shown = _expand(message, pictures, self._frames(turn.video))
+            tiles += shown
+            clips += [] if turn.audio is None else [self._clip(turn.audio, rng)]
+            messages.append((message, None if turn.reply is None else turn.reply + END))
+        has_video = any(turn.video is not None for turn in turns)
+        return self._example("prompt", messages, tiles, clips, has_video)
+
+    def sample(
+        self,
+        sample: Mapping,
+        root: str | Path = ".",
+        folders: Mapping[str, str | Path] | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Example:
+        """A training conversation in the release's sample format.
+
+        Args:
+          sample: `conversations`, a list of {"from": "human" or "gpt", "value": text} by turns.
+            Each `<image>` and `<audio>` of the human texts stands for the next file of `image` and
+            `audio` (a file or a list), `<video>` for the file `video`; sources already read will
+            do. Optional: `id`, for errors; `set`, one or a list of one for each picture;
+            `inserted_id`, index of the message that answers noise; `end_tag`, False where the last
+            reply breaks off.
+          root: folder of the files; sound lies in its folder `audio`.
+          folders: folder of pictures and videos by `set`, for the sets that are not in `root`.
+          rng: as in `prompt`.
+
+        Raises:
+          FileNotFoundError: a file is not there.
+          ValueError: as in `prompt`, or the sample has another format.
+        """
+        where = f"sample {sample.get('id', 'without id')}"
+        texts = _conversation(sample, where)
+        inserted = sample.get("inserted_id")
+        if inserted is not None and inserted not in range(1, len(texts), 2):
+            raise ValueError(f"{where}: inserted_id={inserted!r} is not the index of a gpt message")
+        images, film = _listed(sample.get("image")), sample.get("video")
+        sounds = _listed(sample.get("audio"))
+        has_video = film is not None
+        _check_counts("\n".join(texts[::2]), len(images), has_video, len(sounds), where)
+
+        sets = _sets(sample.get("set"), len(images) + has_video, where)
+        homes = [(folders or {}).get(name, root) for name in sets]
+        pictures = [
+            self._tiles(_locate(home, source), len(images) == 1 or name not in UNTILED_SETS)
+            for home, source, name in zip(homes, images, sets)
+        ]
+        frames = self._frames(_locate(homes[-1], film) if has_video else None)
+        clips = [self._clip(_locate(Path(root, "audio"), source), rng) for source in sounds]
+
+        messages, tiles = [], []
+        for index in range(0, len(texts), 2):
+            question, reply = texts[index : index + 2]
+            message, shown = _expand(_blocks_first(question), pictures, frames, after="\n")
+            tiles += shown
+            spoken = "audio_reply" if AUDIO in question else "text_reply"
+            state = STATES["noise" if inserted == index + 1 else spoken]
+            broken_off = index + 2 == len(texts) and not sample.get("end_tag", True)
+            messages.append((_tidy(message), state + _tidy(reply) + ("" if broken_off else END)))
+        return self._example(where, messages, tiles, clips, has_video)
+
+    def _example(self, where, messages, tiles, clips, has_video) -> Example:
+        """Fills the template with (text, reply or None) pairs that hold one placeholder a tile.
+
+        Text between placeholders and each reply are tokenised apart, so what is a target is known.
+        (The release tokenises the whole and measures the parts anew. The ids are the same: a reply
+        starts with its state token, which no token spans.)
+        """
+        num_embeddings = iter([self.config.audio.num_embeddings(len(clip)) for clip in clips])
+        ids, is_target = [], []
+
+        def add(new, target=False):
+            ids.extend(new)
+            is_target.extend([target] * len(new))
+
+        shown = "video" if has_video else "image" if tiles else "text"
+        add(self.tokenizer.encode(SYSTEM.format(SYSTEM_PROMPTS[shown])))
+        for number, (text, reply) in enumerate(messages):
+            text = ("\n" if number else "") + USER.format(text) + ASSISTANT
+            for piece in re.split(f"({IMAGE}|{AUDIO})", text):
+                if piece == IMAGE:
+                    add([IMAGE_TOKEN] * self.config.vision.embeddings_per_tile)
+                elif piece == AUDIO:
+                    add([AUDIO_TOKEN] * next(num_embeddings))
+                else:
+                    add(self.tokenizer.encode(piece))
+            if reply is not None:
+                add(self.tokenizer.encode(reply), target=True)
+        if len(ids) > self.max_tokens:
+            raise ValueError(
+                f"{where}: {len(ids)} tokens, {len(ids) - self.max_tokens} over the limit of "
+                f"{self.max_tokens}; give less text, fewer pictures or a shorter history, or "
+                f"raise max_tokens (up to {self.config.llm.max_positions})"
+            )
+        return Example(
+            tokens=np.asarray(ids, np.int32),
+            loss_mask=np.asarray(is_target, np.float32),
+            tiles=normalize(tiles) if tiles else None,
+            audio=tuple(clips),
+        )
+
+    def _tiles(self, source, tiled=True):
+        """The tiles of one picture, RGB images."""
+        rgb, px = read_image(source), self.config.vision.tile_px
+        if tiled:
+            return tile_image(rgb, px, self.config.max_tiles)
+        return [fit_frame(rgb, px)]
+
+    def _frames(self, source):
+        """The frames of a video, one tile each; none for None."""
+        if isinstance(source, (str, Path)):
+            source = read_video(source, self.video_rate)
+        return [tile for frame in source or () for tile in self._tiles(frame, tiled=False)]
+
+    def _clip(self, source, rng):
+        """float32[A, M] filter bank of one clip."""
+        c = self.config.audio
+        waveform = read_audio(source)
+        name = source if isinstance(source, (str, Path)) else "clip"
+        seconds = f"{len(waveform) / SAMPLE_RATE_HZ:.2f} s of sound"
+        frames = 1 + (len(waveform) - FRAME_SAMPLES) // HOP_SAMPLES
+        if frames > c.max_frames:
+            limit_s = c.max_frames * HOP_SAMPLES / SAMPLE_RATE_HZ
+            raise ValueError(f"{name}: {seconds}, the limit is {limit_s:.2f} s; cut it in pieces")
+        if c.adapter_frames(frames) < 1:
+            raise ValueError(f"{name}: {seconds}, too short to hear; give at least 0.1 s")
+        return fbank(waveform, c.num_mel_bins, dither=0.0 if rng is None else c.dither, rng=rng)
+
+
+def bucket(n: int, smallest: int = 1) -> int:
+    """The least of `smallest` times 1, 2, 3, 4, 6, 8, 12, 16, ... that is not less than `n`.
+
+    Few sizes make few compilations.
+    """
+    size = smallest
+    while size < n:
+        size *= 2
+    middle = size // 4 * 3
+    return middle if n <= middle and size > 2 * smallest else size
+
+
+def collate(
+    examples: Sequence[Example],
+    num_tokens: int | None = None,
+    num_tiles: int | None = None,
+    num_clips: int | None = None,
+    num_frames: int | None = None,
+) -> Batch:
+    """Stacks examples, each padded at its end; the arrays stay NumPy's.
+
+    Args:
+      examples: one or more.
+      num_tokens: padded size T; for this and the next three, None takes a `bucket`.
+      num_tiles: padded size I.
+      num_clips: padded size U.
+      num_frames: padded size A.
+
+    Raises:
+      ValueError: an example is larger than a size given.
+    """
+    lengths = [len(example.tokens) for example in examples]
+    num_tokens = _size("tokens", num_tokens, lengths, 128)
+    batch = Batch(
+        tokens=_pad([example.tokens for example in examples], num_tokens),
+        positions=_pad([np.arange(n, dtype=np.int32) for n in lengths], num_tokens),
+        segment_ids=_pad([np.ones(n, np.int32) for n in lengths], num_tokens),
+        loss_mask=_pad([example.loss_mask for example in examples], num_tokens),
+    )
+    some = next((example.tiles for example in examples if example.tiles is not None), None)
+    if some is not None:
+        tiles = [some[:0] if example.tiles is None else example.tiles for example in examples]
+        num_tiles = _size("tiles", num_tiles, map(len, tiles), 1)
+        masks = [np.ones(len(row), bool) for row in tiles]
+        batch = batch.replace(tiles=_pad(tiles, num_tiles), tile_mask=_pad(masks, num_tiles))
+    clips = [clip for example in examples for clip in example.audio]
+    if clips:
+        counts = [len(example.audio) for example in examples]
+        num_clips = _size("clips", num_clips, counts, 1)
+        num_frames = _size("audio frames", num_frames, map(len, clips), 128)
+        ends = np.cumsum(counts)[:-1]
+        audio = np.split(_pad(clips, num_frames), ends)
+        masks = np.split(_pad([np.ones(len(clip), bool) for clip in clips], num_frames), ends)
+        batch = batch.replace(audio=_pad(audio, num_clips), audio_mask=_pad(masks, num_clips))
+    return batch
+
+
+def _size(what, given, needed, smallest):
+    """The padded size: `given` if the largest of `needed` fits, a bucket if None is given."""
+    largest = max(needed)
+    if given is None:
+        return bucket(largest, smallest)
+    if largest > given:
+        raise ValueError(f"an example has {largest} {what}, the batch takes {given}; raise that")
+    return given
+
+
+def _pad(rows, length):
+    """Stacks arrays [n, ...] to [rows, length, ...] with zeros behind each."""
+    out = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    for padded, row in zip(out, rows):
+        padded[: len(row)] = row
+    return out
+
+
+def _place(turn, where):
+    """The turn's text with placeholders: where the user wrote them, else where the release does."""
+    text, has_audio, has_video = turn.text or "", turn.audio is not None, turn.video is not None
+    if not (text or turn.images or has_audio or has_video):
+        raise ValueError(f"{where}: nothing in it; give text, sound, a picture or a video")
+    front = "" if IMAGE in text else IMAGE * len(turn.images)
+    front += "" if VIDEO in text else VIDEO * has_video
+    back = "" if AUDIO in text else AUDIO * has_audio
+    text = (front and front + "\n") + text + back
+    _check_counts(text, len(turn.images), has_video, has_audio, where)
+    return text
+
+
+def _check_counts(text, num_images, num_videos, num_clips, where):
+    """Refuses a text whose placeholders do not match the things given."""
+    given = (
+        (IMAGE, num_images, "images"),
+        (VIDEO, num_videos, "videos"),
+        (AUDIO, num_clips, "clips"),
+    )
+    for token, number, what in given:
+        if text.count(token) != number:
+            raise ValueError(
+                f"{where}: {text.count(token)} {token} in the text but {number:d} {what} given; "
+                "make the two equal"
+            )
+
+
+def _expand(text, pictures, frames, after=""):
+    """`text` with one `<image>` a tile, and those tiles.
+
+    Takes the pictures it needs off the front of `pictures`, a list of lists of tiles, and puts
+    `after` behind each picture and video. (The release gives all pictures of a message one count.)
+    """
+    tiles = []
+
+    def block(found):
+        new = pictures.pop(0) if found[0] == IMAGE else frames
+        tiles.extend(new)
+        return IMAGE * len(new) + after
+
+    return re.sub(f"{IMAGE}|{VIDEO}", block, text), tiles
+
+
+def _blocks_first(text):
+    """A training question with no line break beside `<image>` and no placeholders at its end.
+
+    Pictures or video that stand at the end move to the front.
+    """
+    text = text.replace(IMAGE + "\n", IMAGE).replace("\n" + IMAGE, IMAGE)
+    for token in (IMAGE, VIDEO):
+        block = token * text.count(token)
+        if block and text.endswith(block):
+            text = (block + text.removesuffix(block).strip()).strip()
+    return text
+
+
+def _tidy(text):
+    """A training text without the line break behind `<audio>` and without empty lines."""
+    return text.replace(AUDIO + "\n", AUDIO).replace("\n\n", "\n")
+
+
+def _conversation(sample, where):
+    """The texts of a sample, human and gpt by turns."""
+    messages = sample.get("conversations")
+    if not isinstance(messages, Sequence) or not messages or len(messages) % 2:
+        raise ValueError(
+            f"{where}: conversations must be a list of human and gpt by turns, gpt last"
+        )
+    for index, message in enumerate(messages):
+        role = ("human", "gpt")[index % 2]
+        good = isinstance(message, Mapping) and message.get("from") == role
+        if not (good and isinstance(message.get("value"), str)):
+            expected = f"{{'from': '{role}', 'value': text}}"
+            raise ValueError(f"{where}: message {index} is {message!r}, expected {expected}")
+    return [message["value"] for message in messages]
+
+
+def _sets(name, num_files, where):
+    """The set of each picture and of the video, from one name for all or a list."""
+    names = _listed(name) or [None]
+    if len(set(names)) == 1:
+        names = names[:1] * num_files
+    if num_files and len(names) != num_files:
+        raise ValueError(
+            f"{where}: {len(names)} names in set but {num_files} pictures and videos; "
+            "give one name, or one for each"
+        )
+    return names
+
+
+def _listed(value):
+    """`value` if it is a list, else a list of it, empty for None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _locate(folder, source):
+    """A file in `folder`; a source that is read already stays as it is."""
+    return Path(folder, source) if isinstance(source, (str, Path)) else source

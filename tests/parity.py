@@ -1,4 +1,4 @@
-"""What the parity tests share: recorded weights through the tables, and the bound of a comparison."""
+"""What the parity tests share: weights through the tables, compiled calls, bounds."""
 
 import functools
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vita_jax.models.vita import draw
 from vita_jax import params as trees
 from vita_jax import tables
+from vita_jax.models.vita import draw
 
 
 def shapes_of(module, *args, **kwargs):
@@ -37,7 +37,11 @@ def _compiled(module, static):
 
 def recorded_params(tensors, rules, shapes, prefix="w."):
     """The recorded state dict as our parameter tree."""
-    published = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    published = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
     flat = tables.to_params(published, tables.assign(rules, shapes))
     return jax.tree.map(jnp.asarray, trees.unflatten(flat))
 

@@ -1,4 +1,6 @@
-"""vita_jax/models/speech.py against the recorded speech decoder: teacher forcing, steps, greedy tokens."""
+"""vita_jax/models/speech.py against the recorded speech decoder: teacher forcing, steps, greedy
+tokens.
+"""
 
 import dataclasses
 
@@ -18,7 +20,11 @@ from vita_jax.models.speech import Speech, init_speech_cache
 def recording(golden):
     tensors, c = golden("tts_decoder")
     config = SpeechConfig(
-        embed_dim=c["dim"], num_layers=c["layers"], num_heads=c["heads"], mlp_dim=c["ff"], num_codes=c["codes"]
+        embed_dim=c["dim"],
+        num_layers=c["layers"],
+        num_heads=c["heads"],
+        mlp_dim=c["ff"],
+        num_codes=c["codes"],
     )
     x = jnp.zeros((1, 1, config.embed_dim))
     shapes = shapes_of(Speech(config), x, jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
@@ -46,7 +52,9 @@ def test_teacher_forcing(recording):
     for row, length in enumerate(tensors["in.y_lens"]):
         labels[row, :length] = tensors["in.y"][row, :length]
         labels[row, length] = config.eos_id
-    picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), labels[..., None], axis=-1)[..., 0]
+    picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), labels[..., None], axis=-1)[
+        ..., 0
+    ]
     assert_close(-picked[labels != config.pad_id].sum(), tensors["out.loss_sum"][0])
 
 
@@ -65,7 +73,9 @@ def test_greedy_tokens_of_every_run(recording):
         cache = run(Speech(config), params, hidden, mask, cache, method="prefill")
         tokens, before, after = [config.sos_id], [], []
         for _ in range(meta["steps"]):
-            logits, cache = run(Speech(config), params, jnp.array(tokens[-1:]), cache, method="step")
+            logits, cache = run(
+                Speech(config), params, jnp.array(tokens[-1:]), cache, method="step"
+            )
             before.append(logits)
             recent = tokens[-look_back:] if look_back > 0 else []
             recent = jnp.array([[-1] * (meta["steps"] - len(recent)) + recent])
@@ -93,7 +103,9 @@ def test_steps_equal_teacher_forcing():
     codes = jax.random.randint(key, (2, 12), 0, config.num_codes)
     params = random_params(Speech(config), text, text_mask, codes)
     whole = run(Speech(config), params, text, text_mask, codes)
-    cache = run(Speech(config), params, text, text_mask, init_speech_cache(config, 2, 24), method="prefill")
+    cache = run(
+        Speech(config), params, text, text_mask, init_speech_cache(config, 2, 24), method="prefill"
+    )
     fed = jnp.concatenate([jnp.full((2, 1), config.sos_id), codes], axis=1)
     for i in range(fed.shape[1]):
         logits, cache = run(Speech(config), params, fed[:, i], cache, method="step")
@@ -103,11 +115,15 @@ def test_steps_equal_teacher_forcing():
 def test_padded_text_speaks_the_same():
     config = vita_tiny().speech
     text = jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim))
-    params = random_params(Speech(config), text, jnp.ones((1, 8), bool), jnp.zeros((1, 1), jnp.int32))
+    params = random_params(
+        Speech(config), text, jnp.ones((1, 8), bool), jnp.zeros((1, 1), jnp.int32)
+    )
 
     def logits(text, num_real):
         mask = jnp.arange(text.shape[1])[None] < num_real
-        cache = run(Speech(config), params, text, mask, init_speech_cache(config, 1, 32), method="prefill")
+        cache = run(
+            Speech(config), params, text, mask, init_speech_cache(config, 1, 32), method="prefill"
+        )
         out = []
         for code in (config.sos_id, 3, 5):
             y, cache = run(Speech(config), params, jnp.array([code]), cache, method="step")

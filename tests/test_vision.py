@@ -28,7 +28,11 @@ def recording(golden):
 
 
 def cases(tensors):
-    return [name.removeprefix("in.pixel_values_") for name in tensors if name.startswith("in.pixel_values_")]
+    return [
+        name.removeprefix("in.pixel_values_")
+        for name in tensors
+        if name.startswith("in.pixel_values_")
+    ]
 
 
 def channels_last(x):
@@ -43,21 +47,23 @@ def test_every_recorded_stage(recording):
         pixels = channels_last(tensors[f"in.pixel_values_{case}"])
         for layer in range(config.num_layers + 1):
             if f"mid.{case}.hidden{layer}" in tensors:
-                assert_close(hidden(config, params, pixels, layer), tensors[f"mid.{case}.hidden{layer}"])
+                assert_close(
+                    hidden(config, params, pixels, layer), tensors[f"mid.{case}.hidden{layer}"]
+                )
         last = hidden(config, params, pixels, config.num_layers)
         assert_close(last, tensors[f"out.{case}.last_hidden_state"])
         if f"mid.{case}.selected" in tensors:
             assert_close(last[:, 1:], tensors[f"mid.{case}.selected"])
-            assert_close(
-                run(model, params, pixels, method="reduce"), tensors[f"out.{case}.tower"]
-            )
+            assert_close(run(model, params, pixels, method="reduce"), tensors[f"out.{case}.tower"])
             assert_close(run(model, params, pixels), tensors[f"out.{case}.projected"])
 
 
 def hidden(config, params, pixels, num_layers):
     """The state after `num_layers` blocks: the same encoder cut short."""
     model = Vision(dataclasses.replace(config, num_layers=max(num_layers, 1)))
-    encoder = params["encoder"] | {"blocks": jax.tree.map(lambda p: p[:num_layers], params["encoder"]["blocks"])}
+    encoder = params["encoder"] | {
+        "blocks": jax.tree.map(lambda p: p[:num_layers], params["encoder"]["blocks"])
+    }
     if num_layers == 0:
         return run(model, params, pixels, method=lambda m, x: m.encoder.embed(x))
     return run(model, params | {"encoder": encoder}, pixels, method=lambda m, x: m.encoder(x))
@@ -75,7 +81,9 @@ def test_position_table_resized(recording, golden):
 def test_pixel_shuffle_order(recording):
     tensors = recording[0]
     expected = tensors["out.shuffle_only"]
-    np.testing.assert_array_equal(pixel_shuffle(tensors["in.shuffle_x"]).reshape(expected.shape), expected)
+    np.testing.assert_array_equal(
+        pixel_shuffle(tensors["in.shuffle_x"]).reshape(expected.shape), expected
+    )
 
 
 def test_one_embedding_a_placeholder():

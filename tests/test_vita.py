@@ -1,4 +1,6 @@
-"""vita_jax/models/vita.py against the recorded whole model: embeddings, logits, loss, gradients, greedy tokens."""
+"""vita_jax/models/vita.py against the recorded whole model: embeddings, logits, loss, gradients,
+greedy tokens.
+"""
 
 import dataclasses
 
@@ -42,30 +44,57 @@ def config_of(meta):
     return VitaConfig(
         name="recording",
         vision=VisionConfig(
-            tile_px=vit["image"], patch_px=vit["patch"], embed_dim=vit["dim"], num_layers=vit["layers"],
-            num_heads=vit["heads"], mlp_dim=vit["ff"], out_dim=llm["dim"],
+            tile_px=vit["image"],
+            patch_px=vit["patch"],
+            embed_dim=vit["dim"],
+            num_layers=vit["layers"],
+            num_heads=vit["heads"],
+            mlp_dim=vit["ff"],
+            out_dim=llm["dim"],
         ),
         audio=AudioConfig(
-            num_mel_bins=whale["mel"], embed_dim=whale["dim"], num_layers=whale["layers"],
-            num_heads=whale["heads"], mlp_dim=whale["ff"], adapter_dim=2 * whale["dim"], out_dim=whale["llm"],
-            num_prompts=whale["prompts"], adapter_kernel=whale["kernel"], chunk_size=whale["chunk_size"],
+            num_mel_bins=whale["mel"],
+            embed_dim=whale["dim"],
+            num_layers=whale["layers"],
+            num_heads=whale["heads"],
+            mlp_dim=whale["ff"],
+            adapter_dim=2 * whale["dim"],
+            out_dim=whale["llm"],
+            num_prompts=whale["prompts"],
+            adapter_kernel=whale["kernel"],
+            chunk_size=whale["chunk_size"],
             left_chunks=whale["left_chunks"],
         ),
         llm=LlmConfig(
-            vocab_size=llm["vocab"], embed_dim=llm["dim"], num_layers=llm["layers"], num_heads=llm["heads"],
-            num_kv_heads=llm["kv_heads"], head_dim=llm["dim"] // llm["heads"], mlp_dim=llm["ff"],
-            max_positions=32768, rope_theta=llm["theta"], norm_eps=llm["eps"],
+            vocab_size=llm["vocab"],
+            embed_dim=llm["dim"],
+            num_layers=llm["layers"],
+            num_heads=llm["heads"],
+            num_kv_heads=llm["kv_heads"],
+            head_dim=llm["dim"] // llm["heads"],
+            mlp_dim=llm["ff"],
+            max_positions=32768,
+            rope_theta=llm["theta"],
+            norm_eps=llm["eps"],
         ),
         speech=None,
         codec=None,
-    )  # fmt: skip
+    )
 
 
 def batch_of(tensors, meta, config):
-    """The recorded batch without the dummy tiles and clips of rows that have none; also labels, row by row."""
+    """The recorded batch without the dummy tiles and clips of rows that have none; also labels, row
+    by row.
+    """
     rows = meta["rows"]
-    counts = [{kind: sum(n for k, n in row if k == kind) for kind in ("img", "aud")} for row in rows]
-    ids, labels, num_ids = tensors["in.input_ids"], tensors["in.labels"], tensors["in.attention_mask"].sum(axis=1)
+    counts = [
+        {kind: sum(n for k, n in row if k == kind) for kind in ("img", "aud")} for row in rows
+    ]
+    ids, labels, num_ids = (
+        tensors["in.input_ids"],
+        tensors["in.labels"],
+        tensors["in.attention_mask"].sum(axis=1),
+    )
     tile_at = clip_at = 0
     tokens, targets, tiles, clips = [], [], [], []
     for row, count in enumerate(counts):
@@ -79,14 +108,19 @@ def batch_of(tensors, meta, config):
             if token == IMAGE_TOKEN:
                 n = config.vision.embeddings_per_tile
             elif token == AUDIO_TOKEN:
-                n = int(tensors["in.audio_lengths_for_llm"][row_clips.pop(0)]) + config.audio.num_prompts
+                n = (
+                    int(tensors["in.audio_lengths_for_llm"][row_clips.pop(0)])
+                    + config.audio.num_prompts
+                )
             else:
                 n = 1
             new += [int(token)] * n
             mask += [int(label)] * n if n == 1 else [-100] * n
         tokens.append(new)
         targets.append(mask)
-        clips[-1] = list(range(clip_at - max(count["aud"], 1), clip_at - max(count["aud"], 1) + count["aud"]))
+        clips[-1] = list(
+            range(clip_at - max(count["aud"], 1), clip_at - max(count["aud"], 1) + count["aud"])
+        )
     b, t = len(rows), max(map(len, tokens))
     out = np.zeros((b, t), np.int32), np.full((b, t), -100), np.zeros((b, t), np.int32)
     num_tiles, num_clips = max(map(len, tiles)), max(map(len, clips))
@@ -128,7 +162,11 @@ def test_embeddings_and_layers(recording):
     tiles = run(model, params, batch.tiles, method="encode_tiles")
     flat = np.asarray(tiles)[np.asarray(batch.tile_mask)]
     recorded = tensors["mid.image_features"]
-    used = [t for t in range(len(recorded)) if any(np.allclose(flat_t, recorded[t], atol=1e-4) for flat_t in flat)]
+    used = [
+        t
+        for t in range(len(recorded))
+        if any(np.allclose(flat_t, recorded[t], atol=1e-4) for flat_t in flat)
+    ]
     assert len(used) == len(flat)  # every real tile; the dummies of the recording are not encoded
     assert_close(flat, recorded[used])
     embeddings = run(model, params, batch, method="embed")
@@ -146,12 +184,17 @@ def test_audio_embeddings(recording):
     recorded = tensors["mid.audio_features"]
     lengths = np.asarray(tensors["in.audio_lengths"])
     found = 0
+
+    def clip_frames(i, num_frames):
+        return tensors["in.audios"][i][:num_frames]
+
     for row, clip in zip(*np.nonzero(np.asarray(counts))):
         num_frames = int(batch.audio_mask[row, clip].sum())
         (match,) = [
-            i for i in np.flatnonzero(lengths == num_frames)
-            if np.allclose(tensors["in.audios"][i][:num_frames], batch.audio[row, clip][:num_frames])
-        ]  # fmt: skip
+            i
+            for i in np.flatnonzero(lengths == num_frames)
+            if np.allclose(clip_frames(i, num_frames), batch.audio[row, clip][:num_frames])
+        ]
         n = int(counts[row, clip])
         assert n == tensors["in.audio_lengths_for_llm"][match] + config.audio.num_prompts
         assert_close(clips[row, clip, :n], recorded[match, :n])
@@ -191,13 +234,17 @@ def test_greedy_tokens_with_cache(recording):
     cache = init_llm_cache(config.llm, 1, embeddings.shape[1] + meta["gen"])
     mask = cache.causal_mask(embeddings.shape[1])
     hidden, cache = run(model, params, embeddings, row.positions, mask, cache, method=llm)
-    assert_close(run(model, params, hidden, method=logits_of)[:, :num_tokens], tensors["out.row0.logits"])
+    assert_close(
+        run(model, params, hidden, method=logits_of)[:, :num_tokens], tensors["out.row0.logits"]
+    )
     cache = cache.replace(length=jnp.array([num_tokens]))
     logits, tokens = [run(model, params, hidden[:, num_tokens - 1], method=logits_of)], []
     for _ in range(meta["gen"]):
         tokens.append(int(logits[-1].argmax()))
         x = run(model, params, jnp.array([tokens[-1:]]), method=embed)
-        hidden, cache = run(model, params, x, cache.length[:, None], cache.causal_mask(1), cache, method=llm)
+        hidden, cache = run(
+            model, params, x, cache.length[:, None], cache.causal_mask(1), cache, method=llm
+        )
         logits.append(run(model, params, hidden[:, 0], method=logits_of))
     np.testing.assert_array_equal(tokens, tensors["out.row0.greedy_tokens"])
     assert_close(np.concatenate(logits[:-1]), tensors["out.row0.greedy_logits"])
@@ -209,7 +256,9 @@ def tiny_batch(config, key, num_text=12):
     n_audio, n_tile = config.audio.num_embeddings(frames), config.vision.embeddings_per_tile
     row = [5, 6] + [IMAGE_TOKEN] * (2 * n_tile) + [7] + [AUDIO_TOKEN] * n_audio + [8, 9]
     t = len(row) + num_text
-    tokens = np.array([row + [10 + i for i in range(num_text)], [3 + i % 50 for i in range(t)]], np.int32)
+    tokens = np.array(
+        [row + [10 + i for i in range(num_text)], [3 + i % 50 for i in range(t)]], np.int32
+    )
     px = config.vision.tile_px
     return Batch(
         tokens=jnp.asarray(tokens),
@@ -228,7 +277,9 @@ def test_absent_modality_is_absent():
     params = init_params(config, 0)
     batch = tiny_batch(config, jax.random.key(1))
     both = run(Vita(config), params, batch)
-    text_row = jax.tree.map(lambda x: x[1:], batch).replace(tiles=None, tile_mask=None, audio=None, audio_mask=None)
+    text_row = jax.tree.map(lambda x: x[1:], batch).replace(
+        tiles=None, tile_mask=None, audio=None, audio_mask=None
+    )
     assert_close(run(Vita(config), params, text_row), both[1:], 1e-5)
 
 
@@ -245,7 +296,13 @@ def test_prefill_and_steps_equal_whole_pass():
     for piece in [(0, first)] + [(i, i + 1) for i in range(first, t)]:
         mask = cache.causal_mask(piece[1] - piece[0])
         hidden, cache = run(
-            model, params, x[:, slice(*piece)], batch.positions[:, slice(*piece)], mask, cache, method=llm
+            model,
+            params,
+            x[:, slice(*piece)],
+            batch.positions[:, slice(*piece)],
+            mask,
+            cache,
+            method=llm,
         )
         pieces.append(hidden)
     hidden = jnp.concatenate(pieces, axis=1)
@@ -285,7 +342,11 @@ def test_mesh_gives_the_same_tokens(shape):
     alone = run(Vita(config), params, batch)
     mesh = sharding.make_mesh(shape)
     sharded = jax.device_put(params, sharding.param_shardings(boxed_shapes(config), mesh))
-    spread = [s for s in jax.tree.leaves(sharded) if len(s.sharding.device_set) > 1 and not s.is_fully_replicated]
+    spread = [
+        s
+        for s in jax.tree.leaves(sharded)
+        if len(s.sharding.device_set) > 1 and not s.is_fully_replicated
+    ]
     assert len(spread) > 10
     with jax.set_mesh(mesh), sharding.rules():
         together = jax.jit(lambda p, b: Vita(config).apply({"params": p}, b))(sharded, batch)

@@ -1,8 +1,10 @@
-"""Every array that enters the model, with its shape. The loader makes it, training and inference read it.
+"""Every array that enters the model, with its shape. The loader makes it, training and inference
+read it.
 
-Axis letters, the same everywhere: B batch; T, S query and key position; D embed_dim; N, K query and kv heads;
-H head_dim; F mlp_dim; V vocabulary; L layers; I tiles and U utterances of a row; P embeddings per tile;
-A, M audio frames and mel bins; Q codebooks; W, C waveform samples and channels.
+Axis letters, the same everywhere: B batch; T, S query and key position; D embed_dim; N, K query and
+kv heads; H head_dim; F mlp_dim; V vocabulary; L layers; I tiles and U utterances of a row; P
+embeddings per tile; A, M audio frames and mel bins; Q codebooks; W, C waveform samples and
+channels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import flax.struct
 if typing.TYPE_CHECKING:
     import jax
 
-IMAGE_TOKEN = -200  # placeholder ids, never looked up in the embedding table; the values are the release's
+# Placeholder ids, never looked up in the embedding table; the values are the release's.
+IMAGE_TOKEN = -200
 AUDIO_TOKEN = -500
 
 
@@ -22,8 +25,9 @@ AUDIO_TOKEN = -500
 class Batch:
     """One batch. A modality absent from the whole batch is None; absent from a row, it is masked.
 
-    Placeholders are already repeated: one IMAGE_TOKEN for each embedding of each tile, one AUDIO_TOKEN for each
-    embedding of each clip. Tiles and clips fill their row from the front, in the order of the placeholders.
+    Placeholders are already repeated: one IMAGE_TOKEN for each embedding of each tile, one
+    AUDIO_TOKEN for each embedding of each clip. Tiles and clips fill their row from the front, in
+    the order of the placeholders.
 
     Attributes:
       tokens: int32[B, T] text ids and placeholder ids; padding is 0.

@@ -1,4 +1,5 @@
-"""`vita`: the verbs of the package on the command line. Each calls one function and prints what came of it.
+"""`vita`: the verbs of the package on the command line. Each calls one function and prints what
+came of it.
 
 Bad input ends with one line on stderr and exit code 2; nothing is written then.
 """
@@ -46,7 +47,10 @@ def _parser():
 
     def verb(name, run, help, more=""):
         sub = verbs.add_parser(
-            name, help=help, description=help + more, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=help,
+            description=help + more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
         return sub
@@ -61,20 +65,45 @@ Give any combination of --text, --image, --audio and --video; pictures come befo
 With --interactive, type a line to ask; /image F, /video F and /audio F add to the next question,
 /quit leaves. The conversation is remembered.""",
     )
-    chat.add_argument("checkpoint", metavar="CKPT", help="folder made by `vita init` or `vita convert`")
+    chat.add_argument(
+        "checkpoint", metavar="CKPT", help="folder made by `vita init` or `vita convert`"
+    )
     chat.add_argument("--text", help="written question")
-    chat.add_argument("--image", action="append", default=[], metavar="F", help="picture; may be given several times")
+    chat.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="F",
+        help="picture; may be given several times",
+    )
     chat.add_argument("--audio", metavar="F", help="recorded question: wav, flac, ogg, mp3, ...")
     chat.add_argument("--video", metavar="F", help="video: mp4, webm, ...; looked at once a second")
-    chat.add_argument("--out", metavar="WAV", help="write the spoken reply here, and a timeline beside it as .png")
+    chat.add_argument(
+        "--out", metavar="WAV", help="write the spoken reply here, and a timeline beside it as .png"
+    )
     chat.add_argument("--interactive", action="store_true", help="go on talking")
     chat.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    chat.add_argument("--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor")
-    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)")
-    chat.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)")
-    chat.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    chat.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest (default: all)")
-    chat.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this total probability")
+    chat.add_argument(
+        "--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor"
+    )
+    chat.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)"
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
+    )
+    chat.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
+    )
+    chat.add_argument(
+        "--top-k", type=int, default=0, help="draw among the k likeliest (default: all)"
+    )
+    chat.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest of this total probability",
+    )
     chat.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
     chat.add_argument("--seed", type=int, default=0, help="the same seed draws the same reply")
 
@@ -88,7 +117,9 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
     init.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
     init.add_argument("overrides", nargs="*", metavar="key=value")
     init.add_argument("--seed", type=int, default=0)
-    init.add_argument("--tokenizer", metavar="DIR", help="folder with a Qwen2 tokenizer (vita_7b needs one)")
+    init.add_argument(
+        "--tokenizer", metavar="DIR", help="folder with a Qwen2 tokenizer (vita_7b needs one)"
+    )
 
     convert = verb(
         "convert",
@@ -96,15 +127,20 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
         "published PyTorch weights to our layout, or back",
         """
 
-SRC is the release's folder, or a folder with plain Qwen2.5, InternViT and audio-encoder folders in it.
-Needs `pip install 'vita_jax[convert]'` for .pt files. With --to-torch, SRC is one of our checkpoints.""",
+SRC is the release's folder, or one with plain Qwen2.5, InternViT and audio-encoder folders in it.
+With --to-torch, SRC is one of our checkpoints. Files named .pt need the extra `convert`:
+pip install 'vita_jax[convert]'.""",
     )
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
-    convert.add_argument("--to-torch", action="store_true", help="write a checkpoint back, byte for byte")
+    convert.add_argument(
+        "--to-torch", action="store_true", help="write a checkpoint back, byte for byte"
+    )
 
     info = verb("info", _info, "the parameters of a preset or checkpoint, part by part")
-    info.add_argument("model", metavar="PRESET|CONFIG|CKPT", help="vita_7b, a config.json or a checkpoint folder")
+    info.add_argument(
+        "model", metavar="PRESET|CONFIG|CKPT", help="vita_7b, a config.json or a checkpoint folder"
+    )
     info.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 
@@ -115,7 +151,9 @@ def _chat(args):
     if args.out and Path(args.out).suffix.lower() != ".wav":
         raise ValueError(f"--out {args.out}: expected a file name ending in .wav")
     if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first")
+        raise ValueError(
+            f"--out {args.out}: there is no folder {Path(args.out).parent}; make it first"
+        )
     if not (args.interactive or args.text or args.image or args.audio or args.video):
         raise ValueError("nothing to ask: give --text, --image, --audio, --video or --interactive")
     mesh = _mesh(args.mesh)
@@ -128,7 +166,9 @@ def _chat(args):
     _say_untrained(args.checkpoint)
     speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
     if args.out and not speak:
-        raise ValueError(f"--out {args.out}: {args.checkpoint} has no speech decoder or codec, it can only write")
+        raise ValueError(
+            f"--out {args.out}: {args.checkpoint} has no speech decoder or codec, it can only write"
+        )
     turn = {"text": args.text, "images": args.image, "audio": args.audio, "video": args.video}
     history = []
     if any(turn.values()):
@@ -166,7 +206,9 @@ def _turn(engine, turn, history, speak, out, options):
         )
     print(f"read:   {seen.num_text_tokens} text tokens, prompt and history included")
     print(f"state:  {STATES[reply.state] + ' ' + reply.state if reply.state else 'no state token'}")
-    print("times:  " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in reply.times_s.items()))
+    print(
+        "times:  " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in reply.times_s.items())
+    )
     if out:
         _write(reply, turn, out)
     return reply.turn
@@ -179,10 +221,16 @@ def _write(reply, turn, out):
 
     write_wav(out, reply.audio, reply.sample_rate_hz)
     question = [] if turn["audio"] is None else read_audio(turn["audio"])
-    events = {name: reply.times_s[name] for name in ("first token", "first sound") if name in reply.times_s}
+    events = {
+        name: reply.times_s[name]
+        for name in ("first token", "first sound")
+        if name in reply.times_s
+    }
     picture = str(Path(out).with_suffix(".png"))
     timeline(question, SAMPLE_RATE_HZ, reply.audio, reply.sample_rate_hz, events, picture)
-    print(f"spoken: {len(reply.audio) / reply.sample_rate_hz:.2f} s in {out}, timeline in {picture}")
+    print(
+        f"spoken: {len(reply.audio) / reply.sample_rate_hz:.2f} s in {out}, timeline in {picture}"
+    )
 
 
 def _ask():
@@ -209,7 +257,10 @@ def _ask():
 def _say_untrained(checkpoint):
     provenance = json.loads(Path(checkpoint, "provenance.json").read_text())
     if not provenance["trained"]:
-        print("These weights are untrained: random numbers. The reply shows that every part runs; it means nothing.")
+        print(
+            "These weights are untrained: random numbers. "
+            "The reply shows that every part runs; it means nothing."
+        )
 
 
 def _mesh(words):
@@ -225,7 +276,10 @@ def _init(args):
     from vita_jax import checkpoint
 
     checkpoint.initialize(args.preset, args.target, args.seed, args.overrides, args.tokenizer)
-    print(f"{args.target}: {args.preset} with random weights, seed {args.seed}. Try: vita chat {args.target} --text hello")
+    print(
+        f"{args.target}: {args.preset} with random weights, seed {args.seed}. "
+        f"Try: vita chat {args.target} --text hello"
+    )
 
 
 def _convert(args):
@@ -248,10 +302,14 @@ def _info(args):
     elif path.is_dir() or path.is_file():
         config = configs.load(path / "config.json" if path.is_dir() else path)
     else:
-        raise ValueError(f"{args.model}: neither a preset ({', '.join(configs.PRESETS)}) nor a file or folder")
+        raise ValueError(
+            f"{args.model}: neither a preset ({', '.join(configs.PRESETS)}) nor a file or folder"
+        )
     config = configs.override(config, args.overrides)
     counts = part_counts(config)
-    print(f"{config.name}: {config.vision.tile_px} px tiles of {config.vision.embeddings_per_tile} embeddings, "
-          f"{config.audio.num_mel_bins} mel bins, vocabulary {config.llm.vocab_size}, prompts of {config.max_tokens}")  # fmt: skip
+    print(
+        f"{config.name}: tiles of {config.vision.tile_px} px = {config.vision.embeddings_per_tile} "
+        f"embeddings, vocabulary {config.llm.vocab_size}, prompts up to {config.max_tokens} tokens"
+    )
     for part, number in counts.items():
         print(f"  {part:<16} {number:>15,}")

@@ -1,7 +1,8 @@
 """The numbers that define a model, as frozen dataclasses: one class a part, one function a preset.
 
-Goes in: nothing, a JSON object, or words like `llm.num_layers=2`. Comes out: a hashable `VitaConfig`.
-Sizes have no defaults: a preset or a checkpoint states them. Read next: `batch.py`, then `models/vita.py`.
+Goes in: nothing, a JSON object, or words like `llm.num_layers=2`. Comes out: a hashable
+`VitaConfig`. Sizes have no defaults: a preset or a checkpoint states them. Read next: `batch.py`,
+then `models/vita.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import typing
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """InternViT, pixel shuffle and projector. Source: VITA-1.5 paper section 3.1; InternViT-300M-448px."""
+    """InternViT, pixel shuffle and projector. Source: VITA-1.5 paper section 3.1;
+    InternViT-300M-448px.
+    """
 
     tile_px: int
     patch_px: int
@@ -24,13 +27,14 @@ class VisionConfig:
     mlp_dim: int
     out_dim: int  # width of the LLM that reads the embeddings
     norm_eps: float = 1e-6
-    embeddings_scale: float = 0.5  # the release multiplies by its shuffle factor before shuffling
+    embeddings_scale: float = 0.5  # before the pixel shuffle, as in the release
     dtype: str = "float32"
 
     def __post_init__(self):
         if self.tile_px % self.patch_px or (self.tile_px // self.patch_px) % 2:
             raise ValueError(
-                f"vision.tile_px={self.tile_px} must be an even number of patches of {self.patch_px} px"
+                f"vision.tile_px={self.tile_px}: expected an even number of patches "
+                f"of {self.patch_px} px"
             )
         _check_divides("vision", "embed_dim", self.embed_dim, "num_heads", self.num_heads)
 
@@ -45,13 +49,13 @@ class VisionConfig:
 
     @property
     def embeddings_per_tile(self) -> int:
-        """Embeddings one tile gives the LLM: the 2x2 pixel shuffle leaves a quarter of the patches."""
+        """Embeddings of one tile: the 2x2 pixel shuffle leaves a quarter of the patches."""
         return (self.grid // 2) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Speech encoder and adapter. Source: VITA-1.5 paper section 3.1, the release's whale encoder."""
+    """Speech encoder and adapter. Source: VITA-1.5 paper section 3.1, the release's encoder."""
 
     num_mel_bins: int
     embed_dim: int
@@ -120,7 +124,7 @@ class LlmConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeechConfig:
-    """NAR and AR speech decoders. Source: VITA-1.5 paper section 3.1 (speech decoder); Freeze-Omni."""
+    """NAR and AR speech decoders. Source: VITA-1.5 paper section 3.1; Freeze-Omni."""
 
     embed_dim: int
     num_layers: int  # of the AR decoder; the NAR decoder has half as many
@@ -254,7 +258,9 @@ class VitaConfig:
         return self.llm.embed_dim // self.speech.embed_dim
 
     def with_dtype(self, dtype: str) -> VitaConfig:
-        """The same model computing in `dtype` ("float32", "bfloat16", "float16"); the codec stays float32."""
+        """The same model computing in `dtype` ("float32", "bfloat16", "float16"); the codec stays
+        float32.
+        """
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
         parts = {
@@ -270,43 +276,96 @@ def vita_7b() -> VitaConfig:
     return VitaConfig(
         name="vita_7b",
         vision=VisionConfig(
-            tile_px=448, patch_px=14, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096, out_dim=3584
+            tile_px=448,
+            patch_px=14,
+            embed_dim=1024,
+            num_layers=24,
+            num_heads=16,
+            mlp_dim=4096,
+            out_dim=3584,
         ),
         audio=AudioConfig(
-            num_mel_bins=80, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096, adapter_dim=2048,
+            num_mel_bins=80,
+            embed_dim=1024,
+            num_layers=24,
+            num_heads=16,
+            mlp_dim=4096,
+            adapter_dim=2048,
             out_dim=3584,
         ),
         llm=LlmConfig(
-            vocab_size=152064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
-            mlp_dim=18944, max_positions=32768,
+            vocab_size=152064,
+            embed_dim=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            head_dim=128,
+            mlp_dim=18944,
+            max_positions=32768,
         ),
-        speech=SpeechConfig(embed_dim=896, num_layers=4, num_heads=14, mlp_dim=4864, num_codes=1024),
+        speech=SpeechConfig(
+            embed_dim=896, num_layers=4, num_heads=14, mlp_dim=4864, num_codes=1024
+        ),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=512, encoder_channels=32,
-            code_dim=512, num_codes=1024, global_dim=128, num_global_tokens=8, global_conv=(128, 64, 128),
+            upsample_rates=(8, 5, 5, 3),
+            upsample_kernels=(16, 11, 11, 5),
+            channels=512,
+            encoder_channels=32,
+            code_dim=512,
+            num_codes=1024,
+            global_dim=128,
+            num_global_tokens=8,
+            global_conv=(128, 64, 128),
             global_tokens=(473, 975, 419, 219, 565, 121, 550, 616),
         ),
     )
 
 
 def vita_nano() -> VitaConfig:
-    """A small model of the same architecture: 10-15M parameters, real time on a laptop. Sizes are ours."""
+    """A small model of the same architecture: 10-15M parameters, real time on a laptop. Sizes are
+    ours.
+    """
     return VitaConfig(
         name="vita_nano",
         vision=VisionConfig(
-            tile_px=112, patch_px=14, embed_dim=160, num_layers=6, num_heads=5, mlp_dim=640, out_dim=256
+            tile_px=112,
+            patch_px=14,
+            embed_dim=160,
+            num_layers=6,
+            num_heads=5,
+            mlp_dim=640,
+            out_dim=256,
         ),
         audio=AudioConfig(
-            num_mel_bins=80, embed_dim=128, num_layers=6, num_heads=4, mlp_dim=512, adapter_dim=256, out_dim=256
+            num_mel_bins=80,
+            embed_dim=128,
+            num_layers=6,
+            num_heads=4,
+            mlp_dim=512,
+            adapter_dim=256,
+            out_dim=256,
         ),
         llm=LlmConfig(
-            vocab_size=6144, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2, head_dim=32, mlp_dim=512,
+            vocab_size=6144,
+            embed_dim=256,
+            num_layers=5,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=32,
+            mlp_dim=512,
             max_positions=32768,
         ),
         speech=SpeechConfig(embed_dim=64, num_layers=4, num_heads=4, mlp_dim=256, num_codes=1024),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=128, encoder_channels=8,
-            code_dim=128, num_codes=1024, global_dim=32, num_global_tokens=8, global_conv=(32, 16, 32),
+            upsample_rates=(8, 5, 5, 3),
+            upsample_kernels=(16, 11, 11, 5),
+            channels=128,
+            encoder_channels=8,
+            code_dim=128,
+            num_codes=1024,
+            global_dim=32,
+            num_global_tokens=8,
+            global_conv=(32, 16, 32),
             global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
         ),
     )
@@ -320,17 +379,38 @@ def vita_tiny() -> VitaConfig:
             tile_px=28, patch_px=7, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, out_dim=64
         ),
         audio=AudioConfig(
-            num_mel_bins=80, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, adapter_dim=64, out_dim=64
+            num_mel_bins=80,
+            embed_dim=32,
+            num_layers=2,
+            num_heads=2,
+            mlp_dim=64,
+            adapter_dim=64,
+            out_dim=64,
         ),
         llm=LlmConfig(
-            vocab_size=320, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
+            vocab_size=320,
+            embed_dim=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_dim=128,
             max_positions=32768,
         ),
         speech=SpeechConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, num_codes=64),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=32, encoder_channels=2,
-            code_dim=32, num_codes=64, global_dim=8, num_global_tokens=4, global_conv=(8, 4, 8),
-            global_tokens=(0, 1, 2, 3), resblock_kernels=(3, 7), resblock_dilations=((1, 3), (1, 3)),
+            upsample_rates=(8, 5, 5, 3),
+            upsample_kernels=(16, 11, 11, 5),
+            channels=32,
+            encoder_channels=2,
+            code_dim=32,
+            num_codes=64,
+            global_dim=8,
+            num_global_tokens=4,
+            global_conv=(8, 4, 8),
+            global_tokens=(0, 1, 2, 3),
+            resblock_kernels=(3, 7),
+            resblock_dilations=((1, 3), (1, 3)),
         ),
     )
 
@@ -342,7 +422,8 @@ def override(config, words):
     """The config with `words` like `llm.num_layers=2` applied.
 
     Raises:
-      ValueError: a word without `=`, an unknown key (the valid ones are named) or a value of another type.
+      ValueError: a word without `=`, an unknown key (the valid ones are named) or a value of
+        another type.
     """
     tree = to_json(config)
     for word in words:
@@ -354,7 +435,10 @@ def override(config, words):
         for depth, name in enumerate(path):
             if not isinstance(node, dict) or name not in node:
                 valid = ", ".join(node) if isinstance(node, dict) else "none"
-                raise ValueError(f"override {word!r}: unknown key {'.'.join(path[: depth + 1])!r}; valid: {valid}")
+                raise ValueError(
+                    f"override {word!r}: unknown key {'.'.join(path[: depth + 1])!r}; "
+                    f"valid: {valid}"
+                )
             if depth < len(path) - 1:
                 node = node[name]
         try:
@@ -375,7 +459,9 @@ def load(path) -> VitaConfig:
         with open(path, encoding="utf-8") as file:
             return from_json(VitaConfig, json.load(file))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has a config.json") from None
+        raise FileNotFoundError(
+            f"{path}: no such file; a checkpoint folder has a config.json"
+        ) from None
     except ValueError as error:  # of the JSON or of the config
         raise ValueError(f"{path}: {error}") from None
 
@@ -396,7 +482,10 @@ def from_json(cls, values, where: str = ""):
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"unknown config key {where + unknown[0]!r}; valid: {', '.join(where + n for n in fields)}")
+        raise ValueError(
+            f"unknown config key {where + unknown[0]!r}; "
+            f"valid: {', '.join(where + n for n in fields)}"
+        )
     missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
     if missing:
         raise ValueError(f"config key {where + missing[0]!r} is missing")
@@ -420,7 +509,9 @@ def _cast(hint, value, where):
         return float(value)
     elif type(value) is hint:
         return value
-    raise ValueError(f"config key {where!r}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ValueError(
+        f"config key {where!r}: expected {getattr(hint, '__name__', hint)}, got {value!r}"
+    )
 
 
 def _check_divides(part, name, value, by_name, by):

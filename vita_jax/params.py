@@ -6,8 +6,8 @@ import math
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Not trained and not counted: normalisation statistics, and the lengths of weight-normalised kernels
-# (folding them into the kernel leaves one number a weight).
+# Not counted: normalisation statistics, and the lengths of weight-normalised kernels (folding them
+# into the kernel leaves one number a weight).
 UNCOUNTED = ("mean", "istd", "running_mean", "running_var", "g")
 
 
@@ -24,5 +24,7 @@ def unflatten(flat: dict) -> dict:
 def count(tree) -> int:
     """Parameters in a tree of arrays or shapes, statistics left out and weight norm folded."""
     return sum(
-        math.prod(leaf.shape) for path, leaf in flatten(tree).items() if path.rsplit("/", 1)[-1] not in UNCOUNTED
+        math.prod(leaf.shape)
+        for path, leaf in flatten(tree).items()
+        if path.rsplit("/", 1)[-1] not in UNCOUNTED
     )

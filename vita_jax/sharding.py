@@ -1,6 +1,7 @@
 """Where arrays live: logical axis names, one table that maps them to the mesh, one mesh.
 
-Goes in: shapes of a mesh and of a parameter tree. Comes out: shardings. No other file names a mesh axis.
+Goes in: shapes of a mesh and of a parameter tree. Comes out: shardings. No other file names a mesh
+axis.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def make_mesh(shape=None) -> Mesh:
     shape = tuple(shape) if shape is not None else (1, len(devices), 1)
     if len(shape) != 3 or np.prod(shape) > len(devices):
         raise ValueError(
-            f"mesh {shape}: expected (data, fsdp, tensor) with a product of at most {len(devices)} devices"
+            f"mesh {shape}: expected (data, fsdp, tensor) for at most {len(devices)} devices"
         )
     devices = devices[: int(np.prod(shape))]
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -56,7 +57,8 @@ def param_shardings(boxed, mesh: Mesh):
     An axis that the mesh does not divide is replicated and named in the log.
 
     Args:
-      boxed: tree of `nn.LogicallyPartitioned` boxes around ShapeDtypeStructs, as `jax.eval_shape` of init gives.
+      boxed: tree of `nn.LogicallyPartitioned` boxes around ShapeDtypeStructs, as `jax.eval_shape`
+        of init gives.
       mesh: the mesh.
 
     Returns:
@@ -70,7 +72,9 @@ def param_shardings(boxed, mesh: Mesh):
             names = () if axis is None else (axis,) if isinstance(axis, str) else axis
             if size % int(np.prod([mesh.shape[n] for n in names])):
                 where = "/".join(str(k.key) for k in path)
-                logging.getLogger(__name__).warning("%s: axis of %d not divided by %s, replicated", where, size, axis)
+                logging.getLogger(__name__).warning(
+                    "%s: axis of %d not divided by %s, replicated", where, size, axis
+                )
                 axis = None
             axes.append(axis)
         return NamedSharding(mesh, PartitionSpec(*axes))

@@ -1,8 +1,10 @@
-"""Published tensors <-> our parameters: one table of (published name, our path, rearrangement) per part.
+"""Published tensors <-> our parameters: one table of (published name, our path, rearrangement) per
+part.
 
-A table reads both ways: `assign` pairs each published name with the place it has in our tree, and `Slot.ours` and
-`Slot.theirs` turn one tensor into the other. `release.py` walks whole folders with them.
-Source of the names: the VITA-1.5 release (main safetensors, audio `final.pt`, speech decoder, codec).
+A table reads both ways: `assign` pairs each published name with the place it has in our tree, and
+`Slot.ours` and `Slot.theirs` turn one tensor into the other. `release.py` walks whole folders with
+them. Source of the names: the VITA-1.5 release (main safetensors, audio `final.pt`, speech decoder,
+codec).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import einops
 import numpy as np
 
-from vita_jax.config import CodecConfig, VitaConfig
+from vita_jax.config import CodecConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Rule:
     Attributes:
       published: published tensor name; `{}` stands for the layer index.
       path: our parameter path; with `{}` in the name, the parameter has a leading layer axis.
-      pattern: einops pattern from the published tensor to ours (without the layer axis). Its right side has no
-        parentheses, so our shape gives every size.
+      pattern: einops pattern from the published tensor to ours (without the layer axis). Its right
+        side has no parentheses, so our shape gives every size.
     """
 
     published: str
@@ -86,7 +88,8 @@ def assign(rules, shapes: dict) -> list[Slot]:
         shape = tuple(shapes[rule.path].shape)
         if "{}" in rule.published:
             slots += [
-                Slot(rule.published.format(i), rule.path, i, rule.pattern, shape[1:]) for i in range(shape[0])
+                Slot(rule.published.format(i), rule.path, i, rule.pattern, shape[1:])
+                for i in range(shape[0])
             ]
         else:
             slots.append(Slot(rule.published, rule.path, None, rule.pattern, shape))
@@ -107,26 +110,35 @@ def to_params(tensors, slots) -> dict:
         layers.setdefault(slot.path, []).append(slot.ours(tensors[slot.published]))
         if slot.layer is None:
             (layers[slot.path],) = layers[slot.path]
-    return {path: np.stack(value) if isinstance(value, list) else value for path, value in layers.items()}
+    return {
+        path: np.stack(value) if isinstance(value, list) else value
+        for path, value in layers.items()
+    }
 
 
 def to_published(flat: dict, slots) -> dict:
     """{published name: array} from {our path: array}: the inverse of `to_params`."""
     return {
-        slot.published: slot.theirs(flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer])
+        slot.published: slot.theirs(
+            flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+        )
         for slot in slots
     }
 
 
 def check_shapes(shapes: dict, slots) -> None:
-    """Raises ValueError listing every tensor of `slots` that `shapes` lacks or holds in another shape."""
+    """Raises ValueError listing every tensor of `slots` that `shapes` lacks or holds in another
+    shape.
+    """
     problems = []
     for slot in slots:
         found = shapes.get(slot.published)
         if found is None:
             problems.append(f"missing {slot.published} {list(slot.published_shape)}")
         elif tuple(found) != slot.published_shape:
-            problems.append(f"{slot.published}: expected {list(slot.published_shape)}, found {list(found)}")
+            problems.append(
+                f"{slot.published}: expected {list(slot.published_shape)}, found {list(found)}"
+            )
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit:\n  " + "\n  ".join(problems))
 
@@ -247,7 +259,9 @@ LLM = (
     Rule("model.embed_tokens.weight", "embedding", "v d -> v d"),
     Rule("model.norm.weight", "norm/scale", "d -> d"),
     Rule("lm_head.weight", "head", "v d -> d v"),
-) + below(_ATTENTION_NORMS + _GATED_MLP + _GATED_ATTENTION + _QKV_BIAS, "model.layers.{}.", "blocks/")
+) + below(
+    _ATTENTION_NORMS + _GATED_MLP + _GATED_ATTENTION + _QKV_BIAS, "model.layers.{}.", "blocks/"
+)
 
 SPEECH = (
     (

@@ -1,7 +1,9 @@
-"""Compiled steps of the two decoders: prompt -> first token -> next token, and text -> codec tokens.
+"""Compiled steps of the two decoders: prompt -> first token -> next token, and text -> codec
+tokens.
 
-Every function is compiled once for each bucket of lengths; sampling happens on the device, its settings are
-arrays. State goes in and comes out; it is donated, so the cache is updated in place. Read next: `engine.py`.
+Every function is compiled once for each bucket of lengths; sampling happens on the device, its
+settings are arrays. State goes in and comes out; it is donated, so the cache is updated in place.
+Read next: `engine.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def embed_prompt(config: VitaConfig, params, batch: Batch):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def start_text(config: VitaConfig, num_slots: int, params, embeddings, tokens, length, key, sampling) -> TextState:
+def start_text(
+    config: VitaConfig, num_slots: int, params, embeddings, tokens, length, key, sampling
+) -> TextState:
     """Reads the prompt and draws the first token of the reply.
 
     Args:
@@ -64,14 +68,20 @@ def start_text(config: VitaConfig, num_slots: int, params, embeddings, tokens, l
     hidden, cache = _llm(config, params, embeddings, positions, cache.causal_mask(t), cache)
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
     counted = (tokens >= 0) & (jnp.arange(t) < length[:, None])
-    seen = jnp.zeros((b, config.llm.vocab_size), bool).at[jnp.arange(b)[:, None], jnp.maximum(tokens, 0)].max(counted)
+    seen = (
+        jnp.zeros((b, config.llm.vocab_size), bool)
+        .at[jnp.arange(b)[:, None], jnp.maximum(tokens, 0)]
+        .max(counted)
+    )
     return _draw(config, params, last, cache.replace(length=length), seen, key, sampling)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def next_text(config: VitaConfig, params, state: TextState, sampling) -> TextState:
     """Takes the last token into the conversation and draws the next."""
-    x = Vita(config).apply({"params": params}, state.token[:, None], method=lambda m, t: m.llm.embed(t))
+    x = Vita(config).apply(
+        {"params": params}, state.token[:, None], method=lambda m, t: m.llm.embed(t)
+    )
     cache = state.cache
     hidden, cache = _llm(config, params, x, cache.length[:, None], cache.causal_mask(1), cache)
     return _draw(config, params, hidden[:, 0], cache, state.seen, state.key, sampling)
@@ -111,7 +121,9 @@ class SpeechState:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def start_speech(config: VitaConfig, num_slots: int, num_recent: int, params, tokens, length, key) -> SpeechState:
+def start_speech(
+    config: VitaConfig, num_slots: int, num_recent: int, params, tokens, length, key
+) -> SpeechState:
     """Reads a piece of text with the NAR decoder and prepares the AR decoder.
 
     Args:
@@ -164,7 +176,9 @@ def next_speech(config: VitaConfig, num_codes: int, params, banned, state: Speec
         code = sample(use, logits, sampling["temperature"], sampling["top_k"], sampling["top_p"])
         code = jnp.where(state.done, c.eos_id, code)
         recent = jnp.concatenate([state.recent[:, 1:], code[:, None]], axis=1)
-        return SpeechState(code=code, recent=recent, done=code == c.eos_id, cache=cache, key=key), code
+        return SpeechState(
+            code=code, recent=recent, done=code == c.eos_id, cache=cache, key=key
+        ), code
 
     state, codes = jax.lax.scan(step, state, length=num_codes)
     return codes.T, state
@@ -172,7 +186,9 @@ def next_speech(config: VitaConfig, num_codes: int, params, banned, state: Speec
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_codes(config: VitaConfig, params, codes, num_codes):
-    """Waveform float32[B, W] of int32[B, S] codes in the config's voice; only `num_codes` int32[B] are real."""
+    """Waveform float32[B, W] of int32[B, S] codes in the config's voice; only `num_codes` int32[B]
+    are real.
+    """
     c = config.codec
     timbre = jnp.broadcast_to(jnp.asarray(c.global_tokens), (codes.shape[0], c.num_global_tokens))
     return Vita(config).apply(

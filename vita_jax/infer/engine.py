@@ -4,8 +4,9 @@
     for event in engine.stream(images=["cat.jpg"], audio="question.wav"):
         ...
 
-One turn: files -> `data/processor.py` -> `decode.embed_prompt` -> `decode.start_text` -> `decode.next_text` until
-a stop token; each finished segment of text -> `voice.py` -> waveform. Read next: `decode.py`, `voice.py`.
+One turn: files -> `data/processor.py` -> `decode.embed_prompt` -> `decode.start_text` ->
+`decode.next_text` until a stop token; each finished segment of text -> `voice.py` -> waveform. Read
+next: `decode.py`, `voice.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from vita_jax.sharding import make_mesh, rules
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the model was given: tiles of pictures and video, filter-bank frames of sound, and embeddings in all."""
+    """What the model was given: tiles of pictures and video, filter-bank frames of sound, and
+    embeddings in all.
+    """
 
     num_tiles: int
     num_audio_frames: int
@@ -66,7 +69,8 @@ class Reply:
       sample_rate_hz: of `audio`.
       turn: the turn as `history` of the next one takes it.
       seen: what went in.
-      times_s: seconds after the turn began, by name: "prompt read", "first token", "first sound", "text done", "done".
+      times_s: seconds after the turn began, by name: "prompt read", "first token", "first sound",
+        "text done", "done".
     """
 
     text: str
@@ -88,7 +92,9 @@ class Done:
 class Engine:
     """A model ready to talk. Make one with `load`."""
 
-    def __init__(self, config, params, tokenizer: Tokenizer, mesh=None, max_tokens: int | None = None):
+    def __init__(
+        self, config, params, tokenizer: Tokenizer, mesh=None, max_tokens: int | None = None
+    ):
         """Joins a model and its tokenizer.
 
         Args:
@@ -124,7 +130,8 @@ class Engine:
         speech_sampler: Sampler = SPEECH_SAMPLER,
         seed: int = 0,
     ):
-        """One turn, as it comes: TextDelta for each token, AudioChunk once a segment is spoken, Done at the end.
+        """One turn, as it comes: TextDelta for each token, AudioChunk once a segment is spoken,
+        Done at the end.
 
         Args:
           text: written question.
@@ -135,7 +142,8 @@ class Engine:
           speak: also answer in speech.
           max_new_tokens: the reply is cut after as many.
           sampler: how text is drawn; greedy by default.
-          speech_sampler: how codes are drawn; by default among the two likeliest, as the release does.
+          speech_sampler: how codes are drawn; by default among the two likeliest, as the release
+            does.
           seed: of all draws.
 
         Raises:
@@ -143,14 +151,22 @@ class Engine:
           ValueError: `speak` for a model without a voice.
         """
         if speak and (self.config.speech is None or self.config.codec is None):
-            raise ValueError(f"{self.config.name} has no speech decoder or codec: pass speak=False for text alone")
+            raise ValueError(f"{self.config.name} has no speech decoder or codec: pass speak=False")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         history = tuple(history)
         begin = time.perf_counter()
         example = self.processor.prompt(text, images, audio, video, history)
-        return self._run(example, Turn(text, images, audio, video), begin, speak, max_new_tokens, sampler,
-                         speech_sampler, seed)  # fmt: skip
+        return self._run(
+            example,
+            Turn(text, images, audio, video),
+            begin,
+            speak,
+            max_new_tokens,
+            sampler,
+            speech_sampler,
+            seed,
+        )
 
     def _run(self, example, turn, begin, speak, max_new_tokens, sampler, speech_sampler, seed):
         times = {}
@@ -161,7 +177,9 @@ class Engine:
                 times.setdefault(name, seconds)
             return seconds
 
-        voice = Voice(self.config, self.params, self.tokenizer, speech_sampler, seed) if speak else None
+        voice = (
+            Voice(self.config, self.params, self.tokenizer, speech_sampler, seed) if speak else None
+        )
         decoder, segmenter = StreamDecoder(self.tokenizer), Segmenter()
         texts, sounds, state = [], [], None
 
@@ -219,9 +237,15 @@ class Engine:
         with self._on_mesh():
             embeddings = embed_prompt(self.config, self.params, batch)
             state = start_text(
-                self.config, num_slots, self.params, embeddings, batch.tokens, np.array([length], np.int32),
-                jax.random.key(seed), sampling,
-            )  # fmt: skip
+                self.config,
+                num_slots,
+                self.params,
+                embeddings,
+                batch.tokens,
+                np.array([length], np.int32),
+                jax.random.key(seed),
+                sampling,
+            )
         for i in range(max_new_tokens):
             token = int(state.token[0])
             now("prompt read")
@@ -235,7 +259,9 @@ class Engine:
     def _seen(self, example) -> Seen:
         num_tiles = 0 if example.tiles is None else len(example.tiles)
         tile_embeddings = num_tiles * self.config.vision.embeddings_per_tile
-        audio_embeddings = sum(self.config.audio.num_embeddings(len(clip)) for clip in example.audio)
+        audio_embeddings = sum(
+            self.config.audio.num_embeddings(len(clip)) for clip in example.audio
+        )
         return Seen(
             num_tiles=num_tiles,
             num_audio_frames=sum(len(clip) for clip in example.audio),

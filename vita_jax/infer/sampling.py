@@ -1,4 +1,5 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, repetition penalty. Pure functions, on the device.
+"""From logits to a token: greedy, temperature, top-k, top-p, repetition penalty. Pure functions, on
+the device.
 
 The settings are arrays, so that another setting compiles nothing.
 """
@@ -20,7 +21,8 @@ class Sampler:
       temperature: 0 is greedy.
       top_k: only the k likeliest tokens; 0 is all.
       top_p: only the likeliest tokens that together have this probability.
-      penalty: strength of the repetition penalty, 1 is off. Text: `penalize_seen`. Speech: `penalize`.
+      penalty: strength of the repetition penalty, 1 is off. Text: `penalize_seen`. Speech:
+        `penalize`.
       penalty_window: codes that the speech decoder's penalty looks back at; 0 is off.
     """
 
@@ -40,7 +42,8 @@ class Sampler:
         )
         if not good:
             raise ValueError(
-                f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, penalty > 0, penalty_window >= 0"
+                f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, penalty > 0 "
+                "and penalty_window >= 0"
             )
 
     def arrays(self) -> dict:
@@ -54,7 +57,8 @@ class Sampler:
 
 
 def penalize_seen(logits, seen, penalty):
-    """Logits of `seen` tokens made less likely: divided by `penalty` if positive, multiplied if negative.
+    """Logits of `seen` tokens made less likely: divided by `penalty` if positive, multiplied if
+    negative.
 
     Args:
       logits: float32[B, V].

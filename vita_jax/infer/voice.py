@@ -28,7 +28,9 @@ SPEECH_SAMPLER = Sampler(temperature=1.0, top_k=2)  # the release's
 
 
 class Segmenter:
-    """Cuts streamed text where a segment may be spoken: after punctuation, at least five characters."""
+    """Cuts streamed text where a segment may be spoken: after punctuation, at least five
+    characters.
+    """
 
     def __init__(self):
         self._text = ""
@@ -37,7 +39,9 @@ class Segmenter:
         """The segments that `text` completes. A point or comma between digits ends none."""
         segments = []
         for char in text:
-            number = char.isdigit() and self._text[-1:] in tuple(".,") and self._text[-2:-1].isdigit()
+            number = (
+                char.isdigit() and self._text[-1:] in tuple(".,") and self._text[-2:-1].isdigit()
+            )
             if self._ends() and not number:
                 segments += self.flush()
             self._text += char
@@ -51,13 +55,19 @@ class Segmenter:
         return [text] if any(c.isalnum() for c in text) else []
 
     def _ends(self):
-        return self._text[-1:] != "" and self._text[-1] in SEGMENT_ENDS and len(self._text) >= MIN_SEGMENT_CHARS
+        return (
+            self._text[-1:] != ""
+            and self._text[-1] in SEGMENT_ENDS
+            and len(self._text) >= MIN_SEGMENT_CHARS
+        )
 
 
 class Voice:
     """Speaks the segments it is given, in order; `advance` does the next bit of work."""
 
-    def __init__(self, config: VitaConfig, params, tokenizer: Tokenizer, sampler: Sampler, seed: int):
+    def __init__(
+        self, config: VitaConfig, params, tokenizer: Tokenizer, sampler: Sampler, seed: int
+    ):
         """Starts silent; `sampler` draws the codes, `seed` makes the draws."""
         self._config, self._params, self._tokenizer = config, params, tokenizer
         self._sampling, self._num_recent = sampler.arrays(), max(sampler.penalty_window, 1)
@@ -104,10 +114,18 @@ class Voice:
         ids = self._tokenizer.encode(speakable(segment))
         tokens = np.zeros((1, bucket(len(ids), 8)), np.int32)
         tokens[0, : len(ids)] = ids
-        num_slots = 2 + tokens.shape[1] * self._config.speech_frames_per_token + MAX_CODES + CODES_PER_CALL
+        num_slots = (
+            2 + tokens.shape[1] * self._config.speech_frames_per_token + MAX_CODES + CODES_PER_CALL
+        )
         self._key, key = jax.random.split(self._key)
         self._state = start_speech(
-            self._config, num_slots, self._num_recent, self._params, tokens, np.array([len(ids)], np.int32), key
+            self._config,
+            num_slots,
+            self._num_recent,
+            self._params,
+            tokens,
+            np.array([len(ids)], np.int32),
+            key,
         )
         self._num_codes = 0
         self._synthesis = ChunkedSynthesis(
@@ -118,10 +136,14 @@ class Voice:
         )
 
     def _synthesize(self, codes):
-        """float32[W] of a window of codes, padded to the largest one so that one program serves all."""
+        """float32[W] of a window of codes, padded to the largest one so that one program serves
+        all.
+        """
         padded = np.zeros((1, CHUNK_CODES + 2 * PADDING_CODES), np.int32)
         padded[0, : len(codes)] = codes
-        waveform = decode_codes(self._config, self._params, padded, np.array([len(codes)], np.int32))
+        waveform = decode_codes(
+            self._config, self._params, padded, np.array([len(codes)], np.int32)
+        )
         return np.asarray(waveform)[0, : len(codes) * self._config.codec.samples_per_token]
 
 

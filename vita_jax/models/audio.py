@@ -1,7 +1,8 @@
 """Speech: filter banks -> streaming encoder -> adapter -> embeddings for the LLM.
 
-Goes in: log-mel filter banks float32[B, A, M], 10 ms a frame. Comes out: dtype[B, U, D_llm], 80 ms each.
-A clip is encoded whole, or in pieces with an explicit `AudioState`; with a chunk mask both give the same numbers.
+Goes in: log-mel filter banks float32[B, A, M], 10 ms a frame. Comes out: dtype[B, U, D_llm], 80 ms
+each. A clip is encoded whole, or in pieces with an explicit `AudioState`; with a chunk mask both
+give the same numbers.
 Source: the VITA-1.5 release's audio encoder ("whale"). Read next: `vita.py`.
 """
 
@@ -36,7 +37,9 @@ class AudioState:
 
 
 def init_audio_state(config: AudioConfig, batch_size: int, num_slots: int) -> AudioState:
-    """The state before the first frame; `num_slots` is the most encoder frames (40 ms) the stream may have."""
+    """The state before the first frame; `num_slots` is the most encoder frames (40 ms) the stream
+    may have.
+    """
     return AudioState(
         frames=jnp.zeros((batch_size, 0, config.num_mel_bins), jnp.float32),
         cache=init_cache(config.num_layers, batch_size, num_slots, config),
@@ -66,7 +69,8 @@ class Audio(nn.Module):
           num_frames: int32[B] real frames.
 
         Returns:
-          dtype[B, U, D_llm], of which the first `config.num_embeddings(num_frames)` of each row are real.
+          dtype[B, U, D_llm], of which the first `config.num_embeddings(num_frames)` of each row are
+          real.
         """
         c = self.config
         x, _ = self.encoder(frames, num_frames)
@@ -79,8 +83,8 @@ class Audio(nn.Module):
     def stream(self, frames, state: AudioState, final: bool):
         """Embeddings that the next frames of a stream complete.
 
-        The pieces may be of any length whose encoder frames fill whole chunks; `stream_frames` says how many to
-        wait for. Prompts are not put in front: `prompt_embeddings` gives them once.
+        The pieces may be of any length whose encoder frames fill whole chunks; `stream_frames` says
+        how many to wait for. Prompts are not put in front: `prompt_embeddings` gives them once.
 
         Args:
           frames: float32[B, A, M] the next frames.
@@ -94,15 +98,23 @@ class Audio(nn.Module):
         assert c.chunk_size > 0, "only a model with a chunk mask can be streamed exactly"
         frames = jnp.concatenate([state.frames, frames], axis=1)
         num_new = max(c.encoder_frames(frames.shape[1]), 0)
-        assert final or num_new % c.chunk_size == 0, f"{num_new} encoder frames do not fill chunks of {c.chunk_size}"
+        assert final or num_new % c.chunk_size == 0, (
+            f"{num_new} encoder frames do not fill chunks of {c.chunk_size}"
+        )
         cache, tail = state.cache, state.tail
         if num_new:
             x, cache = self.encoder(frames, None, cache)
             tail = jnp.concatenate([tail, x], axis=1)
         padded = _pad_right(tail, c.adapter_kernel - 1) if final else tail
         num_out = max((padded.shape[1] - c.adapter_kernel) // 2 + 1, 0)
-        out = self.adapter(padded) if num_out else jnp.zeros((tail.shape[0], 0, c.out_dim), tail.dtype)
-        return out, AudioState(frames=frames[:, 4 * num_new :], cache=cache, tail=tail[:, 2 * num_out :])
+        out = (
+            self.adapter(padded)
+            if num_out
+            else jnp.zeros((tail.shape[0], 0, c.out_dim), tail.dtype)
+        )
+        return out, AudioState(
+            frames=frames[:, 4 * num_new :], cache=cache, tail=tail[:, 2 * num_out :]
+        )
 
     def prompt_embeddings(self, batch_size: int):
         """dtype[B, num_prompts, D_llm]: the trained embeddings in front of every clip."""
@@ -116,7 +128,7 @@ def stream_frames(config: AudioConfig, num_kept: int) -> int:
 
 
 class AudioEncoder(nn.Module):
-    """CMVN, two strided convolutions, transformer blocks: filter banks to encoder frames of 40 ms."""
+    """Filter banks to encoder frames of 40 ms: CMVN, two strided convolutions, blocks."""
 
     config: AudioConfig
 
@@ -138,7 +150,8 @@ class AudioEncoder(nn.Module):
           cache: Cache of a stream, or None.
 
         Returns:
-          dtype[B, T, D] with T = encoder_frames(A), and the cache T frames longer (None without one).
+          dtype[B, T, D] with T = encoder_frames(A), and the cache T frames longer (None without
+          one).
         """
         x = self.embedded(self.subsampled(frames))
         x, cache = self.transform(x, self.mask(x.shape[1], num_frames, cache), cache)
@@ -149,7 +162,9 @@ class AudioEncoder(nn.Module):
         return self.subsampling(self.cmvn(frames).astype(self.config.dtype))
 
     def embedded(self, x):
-        """dtype[B, T, D]: the input of the first block. The norm comes before the activation, as published."""
+        """dtype[B, T, D]: the input of the first block. The norm comes before the activation, as
+        published.
+        """
         return nn.relu(self.embed_norm(self.embed(x))) * self.config.embed_dim**0.5
 
     def transform(self, x, mask, cache: Cache | None = None):
@@ -196,7 +211,9 @@ class Cmvn(nn.Module):
 
 
 class Subsampling(nn.Module):
-    """Two unpadded 3x3 convolutions of stride 2 over time and mel, then one linear layer without activation."""
+    """Two unpadded 3x3 convolutions of stride 2 over time and mel, then one linear layer without
+    activation.
+    """
 
     config: AudioConfig
 
@@ -205,9 +222,15 @@ class Subsampling(nn.Module):
         d = self.config.embed_dim
         x = x[..., None]
         for name, channels in (("conv1", 1), ("conv2", d)):
-            kernel = weight(self, name, (3, 3, channels, d), (None, None, None, "embed"), num_inputs=3)
+            kernel = weight(
+                self, name, (3, 3, channels, d), (None, None, None, "embed"), num_inputs=3
+            )
             x = jax.lax.conv_general_dilated(
-                x, kernel.astype(x.dtype), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x,
+                kernel.astype(x.dtype),
+                (2, 2),
+                "VALID",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
             x = nn.relu(x + bias(self, name + "_bias", (d,), ("act_embed",)).astype(x.dtype))
         out = weight(self, "out", (x.shape[2], d, d), (None, None, "embed"), num_inputs=2)
@@ -236,7 +259,9 @@ class AudioBlock(nn.Module):
     def __call__(self, carry, layer, table, mask):
         x, cache = carry
         c = self.config
-        y, cache = AudioAttention(c, name="attn")(LayerNorm(c.norm_eps, name="attn_norm")(x), table, mask, cache, layer)
+        y, cache = AudioAttention(c, name="attn")(
+            LayerNorm(c.norm_eps, name="attn_norm")(x), table, mask, cache, layer
+        )
         x = x + y
         x = x + AudioMlp(c, name="mlp")(LayerNorm(c.norm_eps, name="mlp_norm")(x))
         return (nn.with_logical_constraint(x, ACTIVATIONS), cache), None
@@ -256,8 +281,9 @@ class AudioMlp(nn.Module):
 class AudioAttention(nn.Module):
     """Self-attention with a term for the key's absolute position.
 
-    score(i, j) = ((q_i + u) . k_j + (q_i + v) . p_j) / sqrt(H), p_j a projection of the sinusoid of position j. It is
-    Transformer-XL's form (arXiv 1901.02860) without its relative shift: what the release was trained with.
+    score(i, j) = ((q_i + u) . k_j + (q_i + v) . p_j) / sqrt(H), p_j a projection of the sinusoid of
+    position j. It is Transformer-XL's form (arXiv 1901.02860) without its relative shift: what the
+    release was trained with.
     """
 
     config: AudioConfig
@@ -268,7 +294,9 @@ class AudioAttention(nn.Module):
 
         def project(name, y):
             return jnp.einsum(
-                "...TD,DNH->...TNH", y, weight(self, name, (d, n, h), ("embed", "heads", "head_dim")).astype(x.dtype)
+                "...TD,DNH->...TNH",
+                y,
+                weight(self, name, (d, n, h), ("embed", "heads", "head_dim")).astype(x.dtype),
             )
 
         def shift(name):
@@ -282,8 +310,16 @@ class AudioAttention(nn.Module):
             keys, values = cache.read(layer)
         positions = project("position", table)
         scores = jnp.einsum(
-            "BTNH,BSNH->BNTS", q + shift("content_bias"), keys.astype(x.dtype), preferred_element_type=jnp.float32
-        ) + jnp.einsum("BTNH,SNH->BNTS", q + shift("position_bias"), positions, preferred_element_type=jnp.float32)
+            "BTNH,BSNH->BNTS",
+            q + shift("content_bias"),
+            keys.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+        ) + jnp.einsum(
+            "BTNH,SNH->BNTS",
+            q + shift("position_bias"),
+            positions,
+            preferred_element_type=jnp.float32,
+        )
         # A row that may see nothing gives exactly zero, hence the second mask.
         probabilities = jax.nn.softmax(jnp.where(mask, scores * h**-0.5, MASKED_SCORE), axis=-1)
         probabilities = jnp.where(mask, probabilities, 0).astype(x.dtype)
@@ -294,16 +330,24 @@ class AudioAttention(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Strided convolution, norm, GELU and a linear layer: encoder frames of 40 ms to embeddings of 80 ms."""
+    """Strided convolution, norm, GELU and a linear layer: encoder frames of 40 ms to embeddings of
+    80 ms.
+    """
 
     config: AudioConfig
 
     @nn.compact
     def __call__(self, x):
-        """dtype[B, U, D_llm] from dtype[B, T, D], which the caller has padded on the right by kernel - 1 zeros."""
+        """dtype[B, U, D_llm] from dtype[B, T, D], which the caller has padded on the right by
+        kernel - 1 zeros.
+        """
         c = self.config
         kernel = weight(
-            self, "conv", (c.adapter_kernel, c.embed_dim, c.adapter_dim), (None, "embed", "mlp"), num_inputs=2
+            self,
+            "conv",
+            (c.adapter_kernel, c.embed_dim, c.adapter_dim),
+            (None, "embed", "mlp"),
+            num_inputs=2,
         )
         y = jax.lax.conv_general_dilated(
             x, kernel.astype(x.dtype), (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
@@ -311,12 +355,18 @@ class Adapter(nn.Module):
         y = y + bias(self, "conv_bias", (c.adapter_dim,), ("mlp",)).astype(x.dtype)
         y = nn.gelu(LayerNorm(c.adapter_norm_eps, name="norm")(y), approximate=False)
         out = weight(self, "out", (c.adapter_dim, c.out_dim), ("mlp", "embed"))
-        return y @ out.astype(x.dtype) + bias(self, "out_bias", (c.out_dim,), ("act_embed",)).astype(x.dtype)
+        return y @ out.astype(x.dtype) + bias(
+            self, "out_bias", (c.out_dim,), ("act_embed",)
+        ).astype(x.dtype)
 
 
 def sinusoids(num_positions: int, dim: int) -> np.ndarray:
-    """float32[num_positions, dim]: sine in the even, cosine in the odd columns. Source: arXiv 1706.03762."""
-    frequency = np.exp(np.arange(0, dim, 2, dtype=np.float32) * -(np.log(1e4) / dim)).astype(np.float32)
+    """float32[num_positions, dim]: sine in the even, cosine in the odd columns. Source: arXiv
+    1706.03762.
+    """
+    frequency = np.exp(np.arange(0, dim, 2, dtype=np.float32) * -(np.log(1e4) / dim)).astype(
+        np.float32
+    )
     angle = np.arange(num_positions, dtype=np.float32)[:, None] * frequency
     return np.stack([np.sin(angle), np.cos(angle)], axis=-1).reshape(num_positions, dim)
 

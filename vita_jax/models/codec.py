@@ -288,9 +288,11 @@ class Conv(nn.Module):
         """From float32[B, W, C], valid up to int32[B] lengths, to float32[B, W', features]."""
         channels = (x.shape[-1], self.features)
         shape = (self.width, *(channels[::-1] if self.transposed else channels))
-        kernel = weight(self, "v" if self.weight_norm else "kernel", shape, KERNEL_AXES, num_inputs=2)
+        kernel = weight(
+            self, "v" if self.weight_norm else "kernel", shape, KERNEL_AXES, num_inputs=2
+        )
         if self.weight_norm:
-            # Each direction has about this length at the start: the inputs' count times their variance.
+            # About the length of every direction at the start.
             length = bias(self, "g", shape[-1:], ("channels",), mean=1.0)
             kernel = _fold(length, kernel)
         shift = bias(self, "bias", (self.features,), ("channels",))

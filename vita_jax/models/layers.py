@@ -1,7 +1,8 @@
-"""What the transformers share: parameters with named axes, norms, rotary positions, attention, the KV cache.
+"""What the transformers share: parameters with named axes, norms, rotary positions, attention, the
+KV cache.
 
-Goes in and comes out: activations dtype[B, T, D]. Norms and softmax work in float32 whatever the dtype.
-Read next: `llm.py`.
+Goes in and comes out: activations dtype[B, T, D]. Norms and softmax work in float32 whatever the
+dtype. Read next: `llm.py`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ def drawn(axes, std: float = 0.0, mean: float = 0.0):
 
 
 def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> jax.Array:
-    """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it is used."""
+    """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it
+    is used.
+    """
     return module.param(name, drawn(axes, math.prod(shape[:num_inputs]) ** -0.5), shape)
 
 
-def bias(module: nn.Module, name: str, shape, axes, std: float = 0.0, mean: float = 0.0) -> jax.Array:
+def bias(
+    module: nn.Module, name: str, shape, axes, std: float = 0.0, mean: float = 0.0
+) -> jax.Array:
     """A parameter that starts at `mean`, or around it."""
     return module.param(name, drawn(axes, std, mean), shape)
 
@@ -123,7 +128,7 @@ class Cache:
     length: jax.Array
 
     def write(self, layer, k, v) -> Cache:
-        """The cache with `k`, `v` dtype[B, T, K, H] in the next T slots of `layer`; `length` stays."""
+        """The cache with `k`, `v` dtype[B, T, K, H] in the next T slots of `layer`."""
         rows = jnp.arange(k.shape[0])[:, None]
         slots = self.length[:, None] + jnp.arange(k.shape[1])
         return self.replace(
@@ -145,7 +150,9 @@ class Cache:
 
 
 def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cache:
-    """An empty cache for `num_slots` tokens; `config` has num_kv_heads (or num_heads), head_dim and dtype."""
+    """An empty cache for `num_slots` tokens; `config` has num_kv_heads (or num_heads), head_dim and
+    dtype.
+    """
     heads = getattr(config, "num_kv_heads", config.num_heads)
     empty = nn.with_logical_constraint(
         jnp.zeros((num_layers, batch_size, num_slots, heads, config.head_dim), config.dtype),
@@ -157,8 +164,8 @@ def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cach
 def stack(block, config, num_layers: int, name: str):
     """`block` repeated: parameters get a leading layer axis, compile time does not grow with depth.
 
-    The result is called as `(x, cache), _ = stacked((x, cache), jnp.arange(num_layers), *same_for_all_layers)`;
-    `block.__call__((x, cache), layer, *args)` returns `((x, cache), None)`.
+    The result is called as `(x, cache), _ = stacked((x, cache), jnp.arange(num_layers),
+    *same_for_all_layers)`; `block.__call__((x, cache), layer, *args)` returns `((x, cache), None)`.
     """
     return nn.scan(
         nn.remat(block, prevent_cse=False),
@@ -171,7 +178,8 @@ def stack(block, config, num_layers: int, name: str):
 
 
 class GatedAttention(nn.Module):
-    """Grouped-query attention with rotary positions. Source: Qwen2.5 technical report, section 2; LLaMA.
+    """Grouped-query attention with rotary positions. Source: Qwen2.5 technical report, section 2;
+    LLaMA.
 
     `config` is an LlmConfig or a SpeechConfig.
     """
@@ -197,7 +205,9 @@ class GatedAttention(nn.Module):
 
         def project(name, heads, axis):
             y = jnp.einsum(
-                "BTD,DNH->BTNH", x, weight(self, name, (d, heads, h), ("embed", axis, "head_dim")).astype(x.dtype)
+                "BTD,DNH->BTNH",
+                x,
+                weight(self, name, (d, heads, h), ("embed", axis, "head_dim")).astype(x.dtype),
             )
             if c.qkv_bias:
                 y = y + bias(self, name + "_bias", (heads, h), (axis, "head_dim")).astype(x.dtype)

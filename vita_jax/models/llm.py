@@ -36,7 +36,9 @@ class Llm(nn.Module):
         self.norm = RMSNorm(c.norm_eps)
 
     def embed(self, tokens):
-        """dtype[B, T, D] rows of the input table for int32[B, T] tokens; placeholders (below 0) get row 0."""
+        """dtype[B, T, D] rows of the input table for int32[B, T] tokens; placeholders (below 0) get
+        row 0.
+        """
         rows = self.embedding[jnp.maximum(tokens, 0)].astype(self.config.dtype)
         return nn.with_logical_constraint(rows, ACTIVATIONS)
 
@@ -60,7 +62,9 @@ class Llm(nn.Module):
 
     def logits(self, hidden):
         """float32[..., V] from dtype[..., D]."""
-        return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
 
 
 def init_llm_cache(config: LlmConfig, batch_size: int, num_slots: int) -> Cache:

@@ -1,7 +1,8 @@
 """The voice: embeddings of the reply's text -> NAR decoder -> AR decoder -> codec tokens.
 
-Goes in: rows of the LLM's input table, each cut into pieces of the decoder's width (`cut_embeddings`). Comes out:
-codec tokens, one at a time with a cache, or logits for all of them when they are given (training).
+Goes in: rows of the LLM's input table, each cut into pieces of the decoder's width
+(`cut_embeddings`). Comes out: codec tokens, one at a time with a cache, or logits for all of them
+when they are given (training).
 Source: VITA-1.5 paper section 3.1 and the release's speech decoder. Read next: `codec.py`.
 """
 
@@ -35,7 +36,8 @@ class Speech(nn.Module):
         return self.embedding[codes].astype(self.config.dtype)
 
     def read_text(self, text, text_mask):
-        """NAR pass: dtype[B, T, D] from pieces of text embeddings, each seeing all real ones of its row.
+        """NAR pass: dtype[B, T, D] from pieces of text embeddings, each seeing all real ones of its
+        row.
 
         Args:
           text: dtype[B, T, D].
@@ -77,7 +79,9 @@ class Speech(nn.Module):
         return self.logits(x[:, t + 1 :])
 
     def prefill(self, text, text_mask, cache: Cache) -> Cache:
-        """The cache with BOS and the text in it: they see each other both ways. Real pieces come first."""
+        """The cache with BOS and the text in it: they see each other both ways. Real pieces come
+        first.
+        """
         c = self.config
         x = self.prefix(text, text_mask)
         num_real = 1 + text_mask.sum(axis=1)
@@ -87,10 +91,15 @@ class Speech(nn.Module):
         return cache.replace(length=num_real)
 
     def step(self, codes, cache: Cache):
-        """float32[B, V] logits of what follows int32[B] codes (first `sos_id`), and the cache one longer."""
+        """float32[B, V] logits of what follows int32[B] codes (first `sos_id`), and the cache one
+        longer.
+        """
         c = self.config
         (x, cache), _ = self.ar(
-            (self.embed(codes[:, None]), cache), jnp.arange(c.num_layers), cache.length[:, None], cache.causal_mask(1)
+            (self.embed(codes[:, None]), cache),
+            jnp.arange(c.num_layers),
+            cache.length[:, None],
+            cache.causal_mask(1),
         )
         return self.logits(x)[:, 0], cache.replace(length=cache.length + 1)
 
@@ -101,7 +110,9 @@ class Speech(nn.Module):
 
 
 def cut_embeddings(embeddings, config: SpeechConfig):
-    """Each text embedding dtype[B, T, D_llm] as consecutive pieces of the decoder's width, dtype[B, T * n, D]."""
+    """Each text embedding dtype[B, T, D_llm] as consecutive pieces of the decoder's width, dtype[B,
+    T * n, D].
+    """
     return embeddings.reshape(embeddings.shape[0], -1, config.embed_dim)
 
 

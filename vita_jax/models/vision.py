@@ -1,6 +1,7 @@
 """Pictures: tiles -> InternViT -> pixel shuffle -> projector -> embeddings for the LLM.
 
-Goes in: normalised pixels float32[N, px, px, 3], one picture tile or video frame each. Comes out: dtype[N, P, D_llm].
+Goes in: normalised pixels float32[N, px, px, 3], one picture tile or video frame each. Comes out:
+dtype[N, P, D_llm].
 Source: InternViT-300M-448px and the VITA-1.5 release's vision tower. Read next: `vita.py`.
 """
 
@@ -36,7 +37,9 @@ class Vision(nn.Module):
         c = self.config
         h, w = pixels.shape[1] // c.patch_px, pixels.shape[2] // c.patch_px
         patches = self.encoder(pixels)[:, 1:] * c.embeddings_scale
-        return pixel_shuffle(patches.reshape(-1, h, w, c.embed_dim)).reshape(-1, h * w // 4, 4 * c.embed_dim)
+        return pixel_shuffle(patches.reshape(-1, h, w, c.embed_dim)).reshape(
+            -1, h * w // 4, 4 * c.embed_dim
+        )
 
 
 class InternVit(nn.Module):
@@ -62,7 +65,9 @@ class InternVit(nn.Module):
         x = self.patch(pixels.astype(c.dtype))
         positions = resize_positions(self.position_embedding, x.shape[1:3]).astype(x.dtype)
         x = x.reshape(x.shape[0], -1, c.embed_dim)
-        class_token = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, c.embed_dim))
+        class_token = jnp.broadcast_to(
+            self.class_embedding.astype(x.dtype), (x.shape[0], 1, c.embed_dim)
+        )
         return jnp.concatenate([class_token, x], axis=1) + positions
 
     def __call__(self, pixels):
@@ -81,7 +86,9 @@ class PatchEmbedding(nn.Module):
     def __call__(self, pixels):
         c, p = self.config, self.config.patch_px
         n, height, width, _ = pixels.shape
-        kernel = weight(self, "kernel", (p, p, 3, c.embed_dim), (None, None, None, "embed"), num_inputs=3)
+        kernel = weight(
+            self, "kernel", (p, p, 3, c.embed_dim), (None, None, None, "embed"), num_inputs=3
+        )
         shift = bias(self, "bias", (c.embed_dim,), ("act_embed",))
         x = pixels.reshape(n, height // p, p, width // p, p, 3)
         return jnp.einsum("NapbqC,pqCD->NabD", x, kernel.astype(x.dtype)) + shift.astype(x.dtype)
@@ -100,8 +107,12 @@ class VisionBlock(nn.Module):
         def scale(name):
             return bias(self, name, (c.embed_dim,), ("act_embed",), mean=1.0).astype(x.dtype)
 
-        x = x + scale("attn_scale") * VisionAttention(c, name="attn")(LayerNorm(c.norm_eps, name="attn_norm")(x))
-        x = x + scale("mlp_scale") * VisionMlp(c, name="mlp")(LayerNorm(c.norm_eps, name="mlp_norm")(x))
+        x = x + scale("attn_scale") * VisionAttention(c, name="attn")(
+            LayerNorm(c.norm_eps, name="attn_norm")(x)
+        )
+        x = x + scale("mlp_scale") * VisionMlp(c, name="mlp")(
+            LayerNorm(c.norm_eps, name="mlp_norm")(x)
+        )
         return (nn.with_logical_constraint(x, ACTIVATIONS), None), None
 
 
@@ -115,7 +126,9 @@ class VisionAttention(nn.Module):
         d, n, h = self.config.embed_dim, self.config.num_heads, self.config.head_dim
         qkv = weight(self, "qkv", (d, 3, n, h), ("embed", None, "heads", "head_dim"))
         shift = bias(self, "qkv_bias", (3, n, h), (None, "heads", "head_dim"))
-        q, k, v = jnp.moveaxis(jnp.einsum("BTD,DcNH->BTcNH", x, qkv.astype(x.dtype)) + shift.astype(x.dtype), 2, 0)
+        q, k, v = jnp.moveaxis(
+            jnp.einsum("BTD,DcNH->BTcNH", x, qkv.astype(x.dtype)) + shift.astype(x.dtype), 2, 0
+        )
         out = weight(self, "out", (n, h, d), ("heads", "head_dim", "embed"), num_inputs=2)
         y = jnp.einsum("BTNH,NHD->BTD", attention(q, k, v, None), out.astype(x.dtype))
         return y + bias(self, "out_bias", (d,), ("act_embed",)).astype(x.dtype)
@@ -144,28 +157,42 @@ class Projector(nn.Module):
 
 
 def two_layers(module, x, dims, activation=lambda x: nn.gelu(x, approximate=False)):
-    """`module`'s up and down projections of `dims` (in, hidden, out), with biases, `activation` between."""
+    """`module`'s up and down projections of `dims` (in, hidden, out), with biases, `activation`
+    between.
+    """
     up = weight(module, "up", dims[:2], ("embed", "mlp"))
     down = weight(module, "down", dims[1:], ("mlp", "embed"))
-    x = activation(x @ up.astype(x.dtype) + bias(module, "up_bias", dims[1:2], ("mlp",)).astype(x.dtype))
-    return x @ down.astype(x.dtype) + bias(module, "down_bias", dims[2:], ("act_embed",)).astype(x.dtype)
+    x = activation(
+        x @ up.astype(x.dtype) + bias(module, "up_bias", dims[1:2], ("mlp",)).astype(x.dtype)
+    )
+    return x @ down.astype(x.dtype) + bias(module, "down_bias", dims[2:], ("act_embed",)).astype(
+        x.dtype
+    )
 
 
 def pixel_shuffle(x):
-    """Each 2x2 neighbourhood as one vector, row by row: dtype[N, h, w, D] -> dtype[N, h/2, w/2, 4 * D]."""
+    """Each 2x2 neighbourhood as one vector, row by row: dtype[N, h, w, D] -> dtype[N, h/2, w/2, 4 *
+    D].
+    """
     n, h, w, d = x.shape
-    return x.reshape(n, h // 2, 2, w // 2, 2, d).transpose(0, 1, 3, 2, 4, 5).reshape(n, h // 2, w // 2, 4 * d)
+    return (
+        x.reshape(n, h // 2, 2, w // 2, 2, d)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(n, h // 2, w // 2, 4 * d)
+    )
 
 
 def resize_positions(table, size):
-    """The position table for a grid of `size` patches, by bicubic interpolation (identity at its own size).
+    """The position table for a grid of `size` patches, by bicubic interpolation (identity at its
+    own size).
 
     Args:
       table: dtype[1 + g * g, D], the class token first (it is kept).
       size: (rows, columns).
 
     Returns:
-      float32[1 + rows * columns, D]. Source: PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
+      float32[1 + rows * columns, D]. Source: PyTorch's `interpolate(mode="bicubic",
+      align_corners=False)`.
     """
     table = table.astype(jnp.float32)
     grid = int((table.shape[0] - 1) ** 0.5)
@@ -173,12 +200,14 @@ def resize_positions(table, size):
         return table
     patches = table[1:].reshape(grid, grid, -1)
     rows, columns = _bicubic_matrix(grid, size[0]), _bicubic_matrix(grid, size[1])
-    patches = jnp.einsum("ai,bj,ijD->abD", rows, columns, patches, precision=jax.lax.Precision.HIGHEST)
+    patches = jnp.einsum(
+        "ai,bj,ijD->abD", rows, columns, patches, precision=jax.lax.Precision.HIGHEST
+    )
     return jnp.concatenate([table[:1], patches.reshape(-1, table.shape[1])])
 
 
 def _bicubic_matrix(num_in: int, num_out: int) -> np.ndarray:
-    """float32[num_out, num_in] interpolation weights: cubic kernel with a = -0.75, no antialiasing."""
+    """float32[num_out, num_in] weights: cubic kernel with a = -0.75, no antialiasing."""
     a = -0.75
     matrix = np.zeros((num_out, num_in))
     for i in range(num_out):

@@ -1,7 +1,8 @@
-"""Vita: the parts joined. Pictures and sound become embeddings that are written over their placeholders.
+"""Vita: the parts joined. Pictures and sound become embeddings that are written over their
+placeholders.
 
-Goes in: a `Batch`. Comes out: logits of the text. The voice (`speech`, `codec`) hangs on the same parameter tree.
-Read next: `vision.py` for a picture, `audio.py` for an utterance, then `llm.py`.
+Goes in: a `Batch`. Comes out: logits of the text. The voice (`speech`, `codec`) hangs on the same
+parameter tree. Read next: `vision.py` for a picture, `audio.py` for an utterance, then `llm.py`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ class Vita(nn.Module):
 
     def __call__(self, batch: Batch):
         """Logits float32[B, T, V] of the token after each position."""
-        hidden, _ = self.llm(self.embed(batch), batch.positions, conversation_mask(batch.segment_ids))
+        hidden, _ = self.llm(
+            self.embed(batch), batch.positions, conversation_mask(batch.segment_ids)
+        )
         return self.llm.logits(hidden)
 
     def embed(self, batch: Batch):
-        """dtype[B, T, D]: text embeddings, those of tiles and clips written over their placeholders."""
+        """dtype[B, T, D]: text embeddings, those of tiles and clips written over their
+        placeholders.
+        """
         tiles = None if batch.tiles is None else self.encode_tiles(batch.tiles)
         if batch.audio is None:
             return merge_embeddings(self.llm.embed(batch.tokens), batch.tokens, tiles, None, None)
@@ -93,7 +98,8 @@ def merge_embeddings(text, tokens, tiles, clips, clip_counts):
       clip_counts: int32[B, U] embeddings of each clip that are real, or None.
 
     Returns:
-      dtype[B, T, D]. Source: the release's splice (specification of its multimodal prompt), by index instead of by list.
+      dtype[B, T, D]. Source: the release's splice (specification of its multimodal prompt), by
+      index instead of by list.
     """
     if tiles is not None:
         at = tokens == IMAGE_TOKEN
@@ -130,13 +136,17 @@ def param_shapes(config: VitaConfig):
 
 
 def init_params(config: VitaConfig, seed: int):
-    """Random parameters, float32 in NumPy, as a nested dict; the same seed gives the same numbers anywhere."""
+    """Random parameters, float32 in NumPy, as a nested dict; the same seed gives the same numbers
+    anywhere.
+    """
     boxed = trees.flatten(boxed_shapes(config))
     return trees.unflatten({path: draw(path, box, seed) for path, box in boxed.items()})
 
 
 def draw(path: str, box, seed: int) -> np.ndarray:
-    """float32 start of one parameter; `box` is its entry of `boxed_shapes`. Each path has its own random stream."""
+    """float32 start of one parameter; `box` is its entry of `boxed_shapes`. Each path has its own
+    random stream.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(path.encode())]))
     if not box.std:
         return np.full(box.value.shape, box.mean, np.float32)

@@ -65,9 +65,7 @@ Give any combination of --text, --image, --audio and --video; pictures come befo
 With --interactive, type a line to ask; /image F, /video F and /audio F add to the next question,
 /quit leaves. The conversation is remembered.""",
     )
-    chat.add_argument(
-        "checkpoint", metavar="CKPT", help="folder made by `vita init` or `vita convert`"
-    )
+    chat.add_argument("checkpoint", metavar="CKPT", help="folder of `vita init` or `vita convert`")
     chat.add_argument("--text", help="written question")
     chat.add_argument(
         "--image",

@@ -8,6 +8,7 @@ The order is `read_image`, then `tile_image` (a still picture) or `fit_frame` (a
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,9 @@ def _from_array(array):
 def _open(path):
     """The picture file with only its header read."""
     try:
-        return Image.open(path, formats=FORMATS)
+        with warnings.catch_warnings():  # of sizes that our own limit allows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         limit = f"more than {MAX_PIXELS // 10**6} megapixels"
         raise ValueError(f"{path}: {limit} ({error}); make the picture smaller") from error

@@ -10,5 +10,6 @@ mkdir -p build/demo
 .venv/bin/vita chat $checkpoint \
     --image vita_jax/samples/picture.jpg \
     --audio vita_jax/samples/question_en.wav \
+    --max-new-tokens 40 \
     --out build/demo/reply.wav
 echo "Listen to build/demo/reply.wav and look at build/demo/reply.png."

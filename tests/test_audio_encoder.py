@@ -76,6 +76,8 @@ def test_every_recorded_stage(recording):
     np.testing.assert_array_equal(
         config.encoder_frames(np.asarray(lengths)), tensors["mid.subsampled_lengths"]
     )
+    real = np.arange(subsampled.shape[1]) < config.encoder_frames(np.asarray(lengths))[:, None]
+    np.testing.assert_array_equal(real[:, None], tensors["mid.subsampled_mask"].astype(bool))
     embedded = stage(lambda m, x: m.encoder.embedded(x), subsampled)
     assert_close(embedded, tensors["mid.embedded"])
     assert_close(sinusoids(embedded.shape[1], config.embed_dim)[None], tensors["mid.pos_emb"])

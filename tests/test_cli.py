@@ -175,6 +175,7 @@ def test_bad_words(checkpoint, files, capsys):
     )
     assert "2 <image>" in line and "1 images" in line
     assert "--interactive" in refused(capsys, "chat", checkpoint)
+    assert "vita init" in refused(capsys, "chat", "--text", "Hi")
     assert ".wav" in refused(
         capsys, "chat", checkpoint, "--text", "Hi", "--out", files / "reply.mp3"
     )

@@ -45,6 +45,19 @@ def test_teacher_forcing(recording):
     valid = tensors["out.pre_nn_valid"].astype(bool)
     assert_close(np.asarray(read)[valid], tensors["mid.pre_nn"][valid])
 
+    prefix = run(Speech(config), params, text, text_mask, method="prefix")
+    one = dataclasses.replace(config, num_layers=1)
+    first = params | {"ar": jax.tree.map(lambda p: p[:1], params["ar"])}
+    layer0 = run(Speech(one), first, prefix, text_mask, codes, method="read_codes")
+    x_lens, y_lens = np.asarray(tensors["in.x_lens"]), np.asarray(tensors["in.y_lens"])
+    in_text = lengths_mask(1 + x_lens, 1 + text.shape[1])
+    real = np.concatenate([in_text, lengths_mask(1 + y_lens, 1 + codes.shape[1])], axis=1)
+    assert_close(np.asarray(layer0)[real], tensors["mid.layer0"][real])
+    last = run(Speech(config), params, prefix, text_mask, codes, method="read_codes")
+    hidden = run(Speech(config), params, last[:, prefix.shape[1] :], method=lambda m, x: m.norm(x))
+    valid = tensors["out.logits_valid"].astype(bool)
+    assert_close(np.asarray(hidden)[valid], tensors["out.final_hidden"][valid])
+
     logits = run(Speech(config), params, text, text_mask, codes)
     valid = tensors["out.logits_valid"].astype(bool)
     assert_close(np.asarray(logits)[valid], tensors["out.logits"][valid])

@@ -175,6 +175,16 @@ def test_embeddings_and_layers(recording):
     mask = conversation_mask(batch.segment_ids)
     last, _ = run(model, params, embeddings, batch.positions, mask, method=llm)
     assert_close(np.asarray(last)[real], tensors[f"mid.hidden{config.llm.num_layers}"][real])
+    for n in range(1, config.llm.num_layers):
+
+        def blocks(model, x, n=n):
+            return model.llm.blocks((x, None), jnp.arange(n), batch.positions, mask)[0][0]
+
+        short = dataclasses.replace(config, llm=dataclasses.replace(config.llm, num_layers=n))
+        first = jax.tree.map(lambda p, n=n: p[:n], params["llm"]["blocks"])
+        cut = params | {"llm": params["llm"] | {"blocks": first}}
+        hidden = run(Vita(short), cut, embeddings, method=blocks)
+        assert_close(np.asarray(hidden)[real], tensors[f"mid.hidden{n}"][real])
 
 
 @pytest.mark.golden

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vita_jax import config as configs
 
+SHIPPED = Path(__file__).parent / "checkpoints" / "nano"
 DESCRIPTION = """\
 VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text and speech.
 
@@ -27,7 +28,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
 
 def main(arguments=None) -> int:
     """Runs `vita` with `arguments` (those of the process by default) and returns its exit code."""
-    args = _parser().parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -39,11 +40,12 @@ def main(arguments=None) -> int:
     return 0
 
 
-def _parser():
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What `vita` understands."""
+    top = argparse.ArgumentParser(
         "vita", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name, run, help, more=""):
         sub = verbs.add_parser(
@@ -65,7 +67,13 @@ Give any combination of --text, --image, --audio and --video; pictures come befo
 With --interactive, type a line to ask; /image F, /video F and /audio F add to the next question,
 /quit leaves. The conversation is remembered.""",
     )
-    chat.add_argument("checkpoint", metavar="CKPT", help="folder of `vita init` or `vita convert`")
+    chat.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CKPT",
+        default=str(SHIPPED),
+        help="folder of `vita init` or `vita convert` (default: the one shipped)",
+    )
     chat.add_argument("--text", help="written question")
     chat.add_argument(
         "--image",
@@ -140,7 +148,7 @@ pip install 'vita_jax[convert]'.""",
         "model", metavar="PRESET|CONFIG|CKPT", help="vita_7b, a config.json or a checkpoint folder"
     )
     info.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser
+    return top
 
 
 def _chat(args):
@@ -154,6 +162,11 @@ def _chat(args):
         )
     if not (args.interactive or args.text or args.image or args.audio or args.video):
         raise ValueError("nothing to ask: give --text, --image, --audio, --video or --interactive")
+    if args.checkpoint == str(SHIPPED) and not SHIPPED.exists():
+        raise ValueError(
+            "no CKPT given, and no trained model comes with this version: make one with `vita init "
+            "vita_nano DST`, or convert the published weights with `vita convert`"
+        )
     mesh = _mesh(args.mesh)
     options = {
         "max_new_tokens": args.max_new_tokens,

@@ -65,10 +65,18 @@ class Speech(nn.Module):
         Returns:
           float32[B, 1 + S, V]: entry i predicts code i, the one past the end predicts EOS.
         """
+        x = self.read_codes(self.prefix(text, text_mask), text_mask, codes)
+        return self.logits(x[:, text.shape[1] + 1 :])
+
+    def read_codes(self, prefix, text_mask, codes):
+        """AR pass over [prefix, SOS, codes]: dtype[B, 1 + T + 1 + S, D] after the last block.
+
+        The prefix sees itself both ways; SOS and codes see it and the codes before them.
+        """
         c = self.config
-        (b, t, _), s = text.shape, codes.shape[1]
+        (b, t), s = text_mask.shape, codes.shape[1]
         start = self.embed(jnp.full((b, 1), c.sos_id))
-        x = jnp.concatenate([self.prefix(text, text_mask), start, self.embed(codes)], axis=1)
+        x = jnp.concatenate([prefix, start, self.embed(codes)], axis=1)
         in_prefix = jnp.concatenate([jnp.ones((b, 1), bool), text_mask], axis=1)
         sees_prefix = jnp.pad(in_prefix, ((0, 0), (0, 1 + s)))[:, None, :]
         row, column = jnp.arange(t + s + 2)[:, None], jnp.arange(t + s + 2)
@@ -76,7 +84,7 @@ class Speech(nn.Module):
         positions = jnp.broadcast_to(column, (b, t + s + 2))
         mask = (sees_prefix | sees_codes)[:, None]
         (x, _), _ = self.ar((x, None), jnp.arange(c.num_layers), positions, mask)
-        return self.logits(x[:, t + 1 :])
+        return x
 
     def prefill(self, text, text_mask, cache: Cache) -> Cache:
         """The cache with BOS and the text in it: they see each other both ways. Real pieces come

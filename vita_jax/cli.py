@@ -300,7 +300,11 @@ def _convert(args):
         release.to_torch(args.source, args.target)
         print(f"{args.target}: the published layout")
     else:
-        release.convert(args.source, args.target)
+        provenance = release.convert(args.source, args.target)
+        for name in provenance["set_aside"]:
+            print(f"set aside: {name}")
+        for file, names in provenance["overridden"].items():
+            print(f"overridden by the main weights: {len(names)} tensors of {file}")
         print(f"{args.target}: converted. Try: vita info {args.target}")
 
 

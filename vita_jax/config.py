@@ -271,148 +271,84 @@ class VitaConfig:
         return dataclasses.replace(self, **parts)
 
 
+# fmt: off
 def vita_7b() -> VitaConfig:
     """VITA-1.5 as released. Source: the release's configuration files and tensor shapes."""
     return VitaConfig(
         name="vita_7b",
         vision=VisionConfig(
-            tile_px=448,
-            patch_px=14,
-            embed_dim=1024,
-            num_layers=24,
-            num_heads=16,
-            mlp_dim=4096,
+            tile_px=448, patch_px=14, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096,
             out_dim=3584,
         ),
         audio=AudioConfig(
-            num_mel_bins=80,
-            embed_dim=1024,
-            num_layers=24,
-            num_heads=16,
-            mlp_dim=4096,
-            adapter_dim=2048,
-            out_dim=3584,
+            num_mel_bins=80, embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096,
+            adapter_dim=2048, out_dim=3584,
         ),
         llm=LlmConfig(
-            vocab_size=152064,
-            embed_dim=3584,
-            num_layers=28,
-            num_heads=28,
-            num_kv_heads=4,
-            head_dim=128,
-            mlp_dim=18944,
-            max_positions=32768,
+            vocab_size=152064, embed_dim=3584, num_layers=28, num_heads=28, num_kv_heads=4,
+            head_dim=128, mlp_dim=18944, max_positions=32768,
         ),
         speech=SpeechConfig(
             embed_dim=896, num_layers=4, num_heads=14, mlp_dim=4864, num_codes=1024
         ),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3),
-            upsample_kernels=(16, 11, 11, 5),
-            channels=512,
-            encoder_channels=32,
-            code_dim=512,
-            num_codes=1024,
-            global_dim=128,
-            num_global_tokens=8,
-            global_conv=(128, 64, 128),
-            global_tokens=(473, 975, 419, 219, 565, 121, 550, 616),
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=512,
+            encoder_channels=32, code_dim=512, num_codes=1024, global_dim=128, num_global_tokens=8,
+            global_conv=(128, 64, 128), global_tokens=(473, 975, 419, 219, 565, 121, 550, 616),
         ),
     )
 
 
 def vita_nano() -> VitaConfig:
-    """A small model of the same architecture: 10-15M parameters, real time on a laptop. Sizes are
-    ours.
-    """
+    """The same architecture with 10-15M parameters, for laptops. Sizes are ours."""
     return VitaConfig(
         name="vita_nano",
         vision=VisionConfig(
-            tile_px=112,
-            patch_px=14,
-            embed_dim=160,
-            num_layers=6,
-            num_heads=5,
-            mlp_dim=640,
+            tile_px=112, patch_px=14, embed_dim=160, num_layers=6, num_heads=5, mlp_dim=640,
             out_dim=256,
         ),
         audio=AudioConfig(
-            num_mel_bins=80,
-            embed_dim=128,
-            num_layers=6,
-            num_heads=4,
-            mlp_dim=512,
-            adapter_dim=256,
-            out_dim=256,
+            num_mel_bins=80, embed_dim=128, num_layers=6, num_heads=4, mlp_dim=512,
+            adapter_dim=256, out_dim=256,
         ),
         llm=LlmConfig(
-            vocab_size=6144,
-            embed_dim=256,
-            num_layers=5,
-            num_heads=8,
-            num_kv_heads=2,
-            head_dim=32,
-            mlp_dim=512,
-            max_positions=32768,
+            vocab_size=6144, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2,
+            head_dim=32, mlp_dim=512, max_positions=32768,
         ),
         speech=SpeechConfig(embed_dim=64, num_layers=4, num_heads=4, mlp_dim=256, num_codes=1024),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3),
-            upsample_kernels=(16, 11, 11, 5),
-            channels=128,
-            encoder_channels=8,
-            code_dim=128,
-            num_codes=1024,
-            global_dim=32,
-            num_global_tokens=8,
-            global_conv=(32, 16, 32),
-            global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=128,
+            encoder_channels=8, code_dim=128, num_codes=1024, global_dim=32, num_global_tokens=8,
+            global_conv=(32, 16, 32), global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
         ),
     )
 
 
 def vita_tiny() -> VitaConfig:
-    """Under 1M parameters and a byte tokenizer, for tests and `--tiny` runs. Sizes are ours."""
+    """Under 1M parameters and a byte tokenizer, for tests. Sizes are ours."""
     return VitaConfig(
         name="vita_tiny",
         vision=VisionConfig(
-            tile_px=28, patch_px=7, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, out_dim=64
+            tile_px=28, patch_px=7, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64,
+            out_dim=64,
         ),
         audio=AudioConfig(
-            num_mel_bins=80,
-            embed_dim=32,
-            num_layers=2,
-            num_heads=2,
-            mlp_dim=64,
-            adapter_dim=64,
+            num_mel_bins=80, embed_dim=32, num_layers=2, num_heads=2, mlp_dim=64, adapter_dim=64,
             out_dim=64,
         ),
         llm=LlmConfig(
-            vocab_size=320,
-            embed_dim=64,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=16,
-            mlp_dim=128,
-            max_positions=32768,
+            vocab_size=320, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+            mlp_dim=128, max_positions=32768,
         ),
         speech=SpeechConfig(embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32, num_codes=64),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3),
-            upsample_kernels=(16, 11, 11, 5),
-            channels=32,
-            encoder_channels=2,
-            code_dim=32,
-            num_codes=64,
-            global_dim=8,
-            num_global_tokens=4,
-            global_conv=(8, 4, 8),
-            global_tokens=(0, 1, 2, 3),
-            resblock_kernels=(3, 7),
-            resblock_dilations=((1, 3), (1, 3)),
+            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=32,
+            encoder_channels=2, code_dim=32, num_codes=64, global_dim=8, num_global_tokens=4,
+            global_conv=(8, 4, 8), global_tokens=(0, 1, 2, 3),
+            resblock_kernels=(3, 7), resblock_dilations=((1, 3), (1, 3)),
         ),
     )
+# fmt: on
 
 
 PRESETS = {preset.__name__: preset for preset in (vita_7b, vita_nano, vita_tiny)}

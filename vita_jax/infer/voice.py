@@ -39,13 +39,10 @@ class Segmenter:
         """The segments that `text` completes. A point or comma between digits ends none."""
         segments = []
         for char in text:
-            number = (
-                char.isdigit() and self._text[-1:] in tuple(".,") and self._text[-2:-1].isdigit()
-            )
-            if self._ends() and not number:
+            if self._ends_before(char):
                 segments += self.flush()
             self._text += char
-        if self._ends() and not (self._text[-1] in ".," and self._text[-2:-1].isdigit()):
+        if self._ends_before(""):
             segments += self.flush()
         return segments
 
@@ -54,12 +51,11 @@ class Segmenter:
         text, self._text = self._text.strip(), ""
         return [text] if any(c.isalnum() for c in text) else []
 
-    def _ends(self):
-        return (
-            self._text[-1:] != ""
-            and self._text[-1] in SEGMENT_ENDS
-            and len(self._text) >= MIN_SEGMENT_CHARS
-        )
+    def _ends_before(self, char):
+        """Whether a segment ends before `char`; after "3." one has to see what follows."""
+        before, last = self._text[-2:-1], self._text[-1:]
+        in_number = last in ".," and before.isdigit() and (char.isdigit() or not char)
+        return len(self._text) >= MIN_SEGMENT_CHARS and last in SEGMENT_ENDS and not in_number
 
 
 class Voice:

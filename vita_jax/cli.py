@@ -83,7 +83,7 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
         help="picture; may be given several times",
     )
     chat.add_argument("--audio", metavar="F", help="recorded question: wav, flac, ogg, mp3, ...")
-    chat.add_argument("--video", metavar="F", help="video: mp4, webm, ...; looked at once a second")
+    chat.add_argument("--video", metavar="F", help="video: mp4, webm, ...")
     chat.add_argument(
         "--out", metavar="WAV", help="write the spoken reply here, and a timeline beside it as .png"
     )
@@ -91,6 +91,9 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
     chat.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     chat.add_argument(
         "--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor"
+    )
+    chat.add_argument(
+        "--video-rate", type=float, default=1.0, metavar="R", help="frames a second (default: 1)"
     )
     chat.add_argument(
         "--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)"
@@ -173,7 +176,7 @@ def _chat(args):
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
     }
-    engine = load(args.checkpoint, mesh, args.dtype, args.max_tokens)
+    engine = load(args.checkpoint, mesh, args.dtype, args.max_tokens, args.video_rate)
     _say_untrained(args.checkpoint)
     speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
     if args.out and not speak:

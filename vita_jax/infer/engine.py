@@ -93,7 +93,13 @@ class Engine:
     """A model ready to talk. Make one with `load`."""
 
     def __init__(
-        self, config, params, tokenizer: Tokenizer, mesh=None, max_tokens: int | None = None
+        self,
+        config,
+        params,
+        tokenizer: Tokenizer,
+        mesh=None,
+        max_tokens: int | None = None,
+        video_rate: float = 1.0,
     ):
         """Joins a model and its tokenizer.
 
@@ -103,9 +109,10 @@ class Engine:
           tokenizer: its tokenizer.
           mesh: mesh of the parameters, or None for one device.
           max_tokens: longest prompt; None is the config's.
+          video_rate: frames of a video to look at in a second.
         """
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.processor = Processor(config, tokenizer, max_tokens)
+        self.processor = Processor(config, tokenizer, max_tokens, video_rate)
         stops = [tokenizer.eos_id, *tokenizer.encode(PAD), *tokenizer.encode(START)]
         self._stop_ids = frozenset(stops)
         self._states = {i: name for name, i in tokenizer.state_ids.items()}
@@ -279,7 +286,13 @@ class Engine:
                 yield
 
 
-def load(path, mesh=None, dtype: str = "bfloat16", max_tokens: int | None = None) -> Engine:
+def load(
+    path,
+    mesh=None,
+    dtype: str = "bfloat16",
+    max_tokens: int | None = None,
+    video_rate: float = 1.0,
+) -> Engine:
     """The engine of a checkpoint folder.
 
     Args:
@@ -287,10 +300,11 @@ def load(path, mesh=None, dtype: str = "bfloat16", max_tokens: int | None = None
       mesh: (data, fsdp, tensor) sizes or a Mesh to spread the model over; None is one device.
       dtype: "float32", "bfloat16" or "float16"; norms, softmax, logits and the codec stay float32.
       max_tokens: longest prompt, up to the LLM's positions; None is the checkpoint's.
+      video_rate: frames of a video to look at in a second (4 to 16 in all).
 
     Raises:
       FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one.
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
     config, params = checkpoint.load(path, mesh, dtype)
-    return Engine(config, params, Tokenizer.load(path), mesh, max_tokens)
+    return Engine(config, params, Tokenizer.load(path), mesh, max_tokens, video_rate)

@@ -105,7 +105,7 @@ def test_interactive_remembers(checkpoint, files, capsys, monkeypatch):
     out, err = capsys.readouterr()
     read = [int(line.split()[1]) for line in out.splitlines() if line.startswith("read:")]
     assert len(read) == 2 and read[1] > read[0]
-    assert "nowhere.png" in err
+    assert "nowhere.png" in err and "/image: expected /image F" in out
 
 
 def test_info_of_preset_file_and_folder(checkpoint, capsys):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -199,14 +198,12 @@ def _chat(args):
 
 def _turn(engine, turn, history, speak, out, options):
     """Answers one turn on the console and, if `out`, in a file; returns it for the history."""
-    from vita_jax import AudioChunk, Done, TextDelta
+    from vita_jax import Done, TextDelta
     from vita_jax.data.prompts import STATES
 
     for event in engine.stream(**turn, history=history, speak=speak, **options):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
-        elif isinstance(event, AudioChunk):
-            continue
         elif isinstance(event, Done):
             reply = event.reply
     seen = reply.seen
@@ -255,13 +252,13 @@ def _ask():
             line = input("> ").strip()
         except EOFError:
             return None
-        command, *rest = shlex.split(line) if line.startswith("/") else [""]
+        command, _, file = line.partition(" ") if line.startswith("/") else ("", "", "")
         if command in ("/quit", "/exit"):
             return None
-        if command == "/image":
-            turn["images"] += rest
-        elif command in ("/audio", "/video") and len(rest) == 1:
-            turn[command[1:]] = rest[0]
+        if command == "/image" and file:
+            turn["images"].append(file.strip())
+        elif command in ("/audio", "/video") and file:
+            turn[command[1:]] = file.strip()
         elif command:
             print(f"{line}: expected /image F, /audio F, /video F or /quit")
         elif line or any(turn.values()):
@@ -270,7 +267,7 @@ def _ask():
 
 def _say_untrained(checkpoint):
     provenance = json.loads(Path(checkpoint, "provenance.json").read_text())
-    if not provenance["trained"]:
+    if not provenance.get("trained", True):
         print(
             "These weights are untrained: random numbers. "
             "The reply shows that every part runs; it means nothing."

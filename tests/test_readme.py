@@ -21,7 +21,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("vita ")])
 def test_every_vita_command_is_understood(command):
-    assert cli.parser().parse_args(shlex.split(command)[1:]).run
+    assert cli.parse(shlex.split(command)[1:]).run
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash ")])

@@ -196,6 +196,7 @@ def part_counts(config: VitaConfig) -> dict[str, int]:
         "audio encoder": "audio/encoder/",
         "audio adapter": "audio/adapter/",
         "audio prompts": "audio/prompts",
+        "CTC head": "audio/ctc",
         "LLM": "llm/",
         "main model": ("vision/", "audio/", "llm/"),
         "speech decoder": "speech/",

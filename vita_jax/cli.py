@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita init vita_nano build/nano                    a small model with random weights
   vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
+  vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita info vita_7b                                 what a model is made of
 
 `vita VERB --help` tells more about a verb."""
@@ -27,10 +29,10 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
 
 def main(arguments=None) -> int:
     """Runs `vita` with `arguments` (those of the process by default) and returns its exit code."""
-    args = parser().parse_args(arguments)
+    args = parse(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"vita {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -39,8 +41,19 @@ def main(arguments=None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """What `vita` understands."""
+def parse(arguments=None) -> argparse.Namespace:
+    """What `vita` with `arguments` is to do; `run` of the result does it."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse itself takes no key=value behind an option.
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _parser():
     top = argparse.ArgumentParser(
         "vita", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,11 +158,42 @@ pip install 'vita_jax[convert]'.""",
         "--to-torch", action="store_true", help="write a checkpoint back, byte for byte"
     )
 
+    train = verb(
+        "train",
+        _train,
+        "run a training stage, or go on with it",
+        """
+
+CONFIG is a Python file such as configs/stage1_1_vision_alignment.py. Further words override it:
+optim.learning_rate=1e-4 num_steps=10 init_from=runs/s1_1/model. The same command in the same
+--workdir goes on where the run was stopped or killed. With --tiny: a small model and made-up data,
+a minute on a CPU.""",
+    )
+    train.add_argument("config", metavar="CONFIG", help="stage file")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--tiny", action="store_true", help="shrink the stage to a laptop")
+
     info = verb("info", _info, "the parameters of a preset or checkpoint, part by part")
     info.add_argument(
         "model", metavar="PRESET|CONFIG|CKPT", help="vita_7b, a config.json or a checkpoint folder"
     )
     info.add_argument("overrides", nargs="*", metavar="key=value")
+
+    data = verb(
+        "data",
+        _data,
+        "make data sets",
+        """
+
+records: the samples in SRC, a folder or file in the release's format, as ArrayRecord in the new
+folder DST. If stopped, the same command goes on.""",
+    )
+    data.add_argument("action", choices=("records",))
+    data.add_argument("source", metavar="SRC")
+    data.add_argument("target", metavar="DST")
+    data.add_argument("--shards", type=int, metavar="N", help="files (default: 1,000 samples each)")
+    data.add_argument("--processes", type=int, metavar="N", help="at a time (default: one a core)")
     return top
 
 
@@ -308,6 +352,14 @@ def _convert(args):
         print(f"{args.target}: converted. Try: vita info {args.target}")
 
 
+def _train(args):
+    from vita_jax.train import train
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("vita_jax").setLevel(logging.INFO)
+    train(configs.load_config(args.config, args.overrides, args.tiny), args.workdir)
+
+
 def _info(args):
     from vita_jax.checkpoint import part_counts
 
@@ -328,3 +380,14 @@ def _info(args):
     )
     for part, number in counts.items():
         print(f"  {part:<16} {number:>15,}")
+
+
+def _data(args):
+    from vita_jax.data.build import records
+
+    made = records(args.source, args.target, args.shards, args.processes, progress=True)
+    print(
+        f"{args.target}: {made['samples']} samples, {made['image']} pictures, {made['video']} "
+        f"videos, {made['audio']} clips of {made['hours']} h; {made['rejects']} left out"
+        + (", see rejects.jsonl" if made["rejects"] else "")
+    )

@@ -1,16 +1,20 @@
-"""The numbers that define a model, as frozen dataclasses: one class a part, one function a preset.
+"""The numbers that define a model and a training stage, as frozen dataclasses: one class a part,
+one function a preset.
 
-Goes in: nothing, a JSON object, or words like `llm.num_layers=2`. Comes out: a hashable
-`VitaConfig`. Sizes have no defaults: a preset or a checkpoint states them. Read next: `batch.py`,
-then `models/vita.py`.
+Goes in: nothing, a JSON object, a stage file, or words like `llm.num_layers=2`. Comes out: a
+hashable `VitaConfig`, or a `TrainConfig`. Sizes have no defaults: a preset or a checkpoint states
+them. Read next: `batch.py`, then `models/vita.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import runpy
 import types
 import typing
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class AudioConfig:
     adapter_dim: int
     out_dim: int
     num_prompts: int = 0  # trained embeddings put in front of every clip
+    num_units: int = 0  # of the CTC head, the blank included; 0: no head (stage 2.1a alone has one)
     adapter_kernel: int = 5
     max_positions: int = 5000
     chunk_size: int = -1  # encoder frames that see each other; <= 0 is the whole clip
@@ -201,10 +206,7 @@ class CodecConfig:
 
     @property
     def samples_per_token(self) -> int:
-        rate = 1
-        for r in self.upsample_rates:
-            rate *= r
-        return rate
+        return math.prod(self.upsample_rates)
 
     @property
     def global_code_dim(self) -> int:
@@ -354,6 +356,159 @@ def vita_tiny() -> VitaConfig:
 PRESETS = {preset.__name__: preset for preset in (vita_7b, vita_nano, vita_tiny)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a stage reads. Sources are folders or files in the release's sample format, or
+    `tfds:NAME`.
+    """
+
+    mixture: dict[str, float]  # source -> weight
+    batch_size: int  # rows of a batch, all processes together
+    max_tokens: int  # token budget of a row (packed)
+    max_tiles: int = 16  # tiles of a row
+    max_clips: int = 8  # clips of a row
+    max_audio_frames: int = 3000  # filter-bank frames of a clip
+    num_shards: int = 64  # the stream is cut into so many, each shuffled and packed by itself
+    num_workers: int = 0  # Grain worker processes
+    isolate: bool = True  # packed samples do not see each other (the release: they do)
+    video_rate: float = 3.0  # frames a second, the release's loader
+    spoken_share: float = (
+        0.0  # of the samples with `recordings` of their question, how many use one
+    )
+    augment_audio: bool = False  # speed perturbation and SpecAugment of clips
+    noises: str | None = None  # folder of sounds that `augment_audio` mixes in, too
+    max_reject_share: float = 0.05
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine. Source: the release's scripts; what they leave out is the
+    default of transformers' Trainer.
+    """
+
+    learning_rate: float  # at the end of the warm-up
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)  # path pattern -> factor
+    warmup_ratio: float = 0.03  # share of all steps
+    weight_decay: float = 0.0
+    no_decay: tuple[str, ...] = (r".*(scale|bias)",)  # path patterns
+    clip_norm: float = 1.0  # longest gradient, all parameters as one vector
+    accumulation: int = 1  # pieces that a batch is computed in, one after the other
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum_dtype: str = "float32"  # of the first moment; the second is float32
+
+    def __post_init__(self):
+        if self.momentum_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"optim.momentum_dtype={self.momentum_dtype!r}: expected float32 or bfloat16"
+            )
+        if not 0 <= self.warmup_ratio < 1 or self.accumulation < 1:
+            raise ValueError(
+                f"optim.warmup_ratio={self.warmup_ratio} and optim.accumulation="
+                f"{self.accumulation}: expected 0 <= warmup_ratio < 1 and accumulation >= 1"
+            )
+
+
+OBJECTIVES = ("next_token", "ctc")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage. Path patterns are regular expressions that match whole parameter paths."""
+
+    model: VitaConfig
+    trainable: tuple[str, ...]  # path patterns; all else is frozen
+    data: DataConfig
+    optim: OptimConfig
+    num_steps: int
+    objective: str = "next_token"
+    init_from: tuple[str, ...] = ()  # FOLDER or PATTERN=FOLDER, later ones win; none: random
+    dtype: str = "bfloat16"  # of computing and of frozen parameters; trained ones are float32
+    mesh: tuple[int, int, int] | None = None  # data, fsdp, tensor; None: all devices on fsdp
+    loss_chunk: int = 256  # tokens of a row whose logits are in memory at once
+    log_every: int = 10  # steps
+    save_every: int = 500  # steps
+    keep: int = 3  # saves
+    max_skipped: int = 10  # non-finite updates in a row before the run stops
+    seed: int = 42  # of parameters that come from no folder
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}"
+            )
+        if self.data.batch_size % self.optim.accumulation:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must be a multiple of "
+                f"optim.accumulation={self.optim.accumulation}"
+            )
+        low = min(self.num_steps, self.log_every, self.save_every, self.keep, self.max_skipped)
+        if low < 1:
+            raise ValueError(
+                "num_steps, log_every, save_every, keep and max_skipped must be at least 1"
+            )
+        self.model.with_dtype(self.dtype)  # refuses any other word
+
+
+def load_config(path, overrides=(), tiny: bool = False) -> TrainConfig:
+    """The stage in a Python file, shrunk if `tiny`, with `overrides` applied.
+
+    Args:
+      path: file with a function `get_config() -> TrainConfig`.
+      overrides: words such as "optim.learning_rate=1e-4".
+      tiny: takes `shrink` of the stage.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it has no `get_config`, or an override is bad.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; stages are Python files, see configs/")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise ValueError(f"{path}: no get_config() in it; a stage file returns a TrainConfig there")
+    config = get_config()
+    return override(shrink(config) if tiny else config, overrides)
+
+
+def shrink(config: TrainConfig) -> TrainConfig:
+    """The stage for a CPU minute: `vita_tiny`, random weights, samples made in memory."""
+    model = vita_tiny()
+    audio = dataclasses.replace(
+        model.audio,
+        num_prompts=min(config.model.audio.num_prompts, 2),
+        num_units=(model.llm.vocab_size + 1) * bool(config.model.audio.num_units),
+    )
+    mixture = {f"synthetic:{Path(k).name}": weight for k, weight in config.data.mixture.items()}
+    if config.data.spoken_share:  # made-up questions come spoken or written
+        mixture["synthetic:spoken_qa"] = config.data.spoken_share
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, audio=audio),
+        data=dataclasses.replace(
+            config.data,
+            mixture=mixture,
+            batch_size=8,
+            max_tokens=768,
+            max_tiles=1,
+            max_clips=1,
+            max_audio_frames=128,
+            spoken_share=0.0,
+            augment_audio=False,
+            noises=None,
+            num_workers=0,
+        ),
+        optim=dataclasses.replace(config.optim, learning_rate=3e-3, accumulation=1),
+        num_steps=30,
+        init_from=(),
+        dtype="float32",
+        log_every=1,
+        save_every=10,
+    )
+
+
 def override(config, words):
     """The config with `words` like `llm.num_layers=2` applied.
 
@@ -422,10 +577,14 @@ def from_json(cls, values, where: str = ""):
             f"unknown config key {where + unknown[0]!r}; "
             f"valid: {', '.join(where + n for n in fields)}"
         )
-    missing = [n for n, f in fields.items() if n not in values and f.default is dataclasses.MISSING]
+    missing = [n for n, f in fields.items() if n not in values and _is_required(f)]
     if missing:
         raise ValueError(f"config key {where + missing[0]!r} is missing")
     return cls(**{name: _cast(hints[name], value, where + name) for name, value in values.items()})
+
+
+def _is_required(field):
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _cast(hint, value, where):
@@ -436,6 +595,11 @@ def _cast(hint, value, where):
         (hint,) = (a for a in typing.get_args(hint) if a is not type(None))
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where + ".")
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        inner = typing.get_args(hint)[1]
+        return {key: _cast(inner, item, f"{where}[{key!r}]") for key, item in value.items()}
+    if hint == tuple[str, ...] and isinstance(value, str):
+        return (value,)  # one word stands for a list of one
     if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         args = typing.get_args(hint)
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Not counted: normalisation statistics, and the lengths of weight-normalised kernels (folding them
-# into the kernel leaves one number a weight).
-UNCOUNTED = ("mean", "istd", "running_mean", "running_var", "g")
+# Normalisation statistics: fixed, never trained.
+STATISTICS = ("mean", "istd", "running_mean", "running_var")
+# Not counted: statistics, and the lengths of weight-normalised kernels (folding them into the
+# kernel leaves one number a weight).
+UNCOUNTED = (*STATISTICS, "g")
 
 
 def flatten(tree) -> dict:
@@ -28,3 +31,49 @@ def count(tree) -> int:
         for path, leaf in flatten(tree).items()
         if path.rsplit("/", 1)[-1] not in UNCOUNTED
     )
+
+
+def match(patterns, paths) -> list[str]:
+    """Those of `paths` that a pattern matches as a whole, in their order.
+
+    Args:
+      patterns: regular expressions.
+      paths: parameter paths.
+
+    Raises:
+      ValueError: a pattern is no regular expression, or matches nothing.
+    """
+    paths, found = list(paths), set()
+    for pattern in patterns:
+        try:
+            new = [path for path in paths if re.fullmatch(pattern, path)]
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r}: {error}") from None
+        if not new:
+            parts = sorted({"/".join(path.split("/")[:2]) for path in paths})
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter; there are {', '.join(parts)}"
+            )
+        found.update(new)
+    return [path for path in paths if path in found]
+
+
+def split(tree, patterns) -> tuple[dict, dict]:
+    """The tree of what `match` finds and the tree of the rest, which has all statistics.
+
+    Errors as `match`.
+    """
+    flat = flatten(tree)
+    found = {path for path in match(patterns, flat) if path.rsplit("/", 1)[-1] not in STATISTICS}
+    return (
+        unflatten({path: leaf for path, leaf in flat.items() if path in found}),
+        unflatten({path: leaf for path, leaf in flat.items() if path not in found}),
+    )
+
+
+def merge(*trees) -> dict:
+    """One tree of several that share no path."""
+    flats = [flatten(tree) for tree in trees]
+    merged = {path: leaf for flat in flats for path, leaf in flat.items()}
+    assert len(merged) == sum(map(len, flats)), "a path is in two trees"
+    return unflatten(merged)

@@ -46,6 +46,25 @@ def make_mesh(shape=None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def batch_sharding(mesh: Mesh, num_rows: int) -> NamedSharding:
+    """The sharding of arrays whose first axis is the rows of a batch.
+
+    Args:
+      mesh: the mesh.
+      num_rows: of the batch, or of each piece that it is computed in.
+
+    Raises:
+      ValueError: the rows cannot be spread evenly.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if num_rows % shares:
+        raise ValueError(
+            f"{num_rows} rows over data x fsdp = {shares}: not even; change data.batch_size, "
+            "optim.accumulation or mesh"
+        )
+    return NamedSharding(mesh, nn.logical_to_mesh(PartitionSpec("batch"), AXIS_RULES))
+
+
 def rules():
     """The context in which activations follow the table."""
     return nn.logical_axis_rules(AXIS_RULES)

@@ -18,6 +18,7 @@ import numpy as np
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
 from vita_jax.config import VitaConfig
 from vita_jax.data.audio import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ, fbank, read_audio
+from vita_jax.data.augment import Augment
 from vita_jax.data.image import fit_frame, normalize, read_image, tile_image
 from vita_jax.data.prompts import (
     ASSISTANT,
@@ -86,6 +87,7 @@ class Processor:
         tokenizer: Tokenizer,
         max_tokens: int | None = None,
         video_rate: float = 1.0,
+        augment: Augment | None = None,
     ):
         """Joins a model's sizes and a vocabulary.
 
@@ -94,6 +96,7 @@ class Processor:
           tokenizer: one whose ids the model knows.
           max_tokens: longest conversation, at most `llm.max_positions`; None is the config's.
           video_rate: frames a second to look at; the release answers with 1 and trains with 3.
+          augment: what is done to clips where a generator is given; None leaves them.
 
         Raises:
           ValueError: the tokenizer has more ids than the model, or `max_tokens` is out of range.
@@ -111,6 +114,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.video_rate = video_rate
+        self.augment = augment
 
     def prompt(
         self,
@@ -129,7 +133,7 @@ class Processor:
           audio: its sound.
           video: its video.
           history: the turns before, oldest first, each with its reply.
-          rng: source of the noise `audio.dither`; None adds none.
+          rng: source of the noise `audio.dither` and of `augment`; None adds none.
 
         Raises:
           FileNotFoundError: a file is not there.
@@ -262,6 +266,9 @@ class Processor:
         """float32[A, M] filter bank of one clip."""
         c = self.config.audio
         waveform = read_audio(source)
+        augment = None if rng is None else self.augment
+        if augment is not None:
+            waveform = augment.waveform(waveform, rng)
         name = source if isinstance(source, (str, Path)) else "clip"
         seconds = f"{len(waveform) / SAMPLE_RATE_HZ:.2f} s of sound"
         frames = 1 + (len(waveform) - FRAME_SAMPLES) // HOP_SAMPLES
@@ -270,7 +277,8 @@ class Processor:
             raise ValueError(f"{name}: {seconds}, the limit is {limit_s:.2f} s; cut it in pieces")
         if c.adapter_frames(frames) < 1:
             raise ValueError(f"{name}: {seconds}, too short to hear; give at least 0.1 s")
-        return fbank(waveform, c.num_mel_bins, dither=0.0 if rng is None else c.dither, rng=rng)
+        banks = fbank(waveform, c.num_mel_bins, dither=0.0 if rng is None else c.dither, rng=rng)
+        return banks if augment is None else augment.gaps(banks, rng)
 
 
 def bucket(n: int, smallest: int = 1) -> int:

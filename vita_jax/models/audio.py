@@ -60,6 +60,9 @@ class Audio(nn.Module):
             self.prompts = bias(
                 self, "prompts", (c.num_prompts, c.out_dim), (None, "act_embed"), std=0.02
             )
+        if c.num_units:
+            self.ctc = weight(self, "ctc", (c.embed_dim, c.num_units), ("embed", "vocab"))
+            self.ctc_bias = bias(self, "ctc_bias", (c.num_units,), ("vocab",))
 
     def __call__(self, frames, num_frames):
         """Embeddings of whole clips.
@@ -79,6 +82,16 @@ class Audio(nn.Module):
         if c.num_prompts:
             x = jnp.concatenate([self.prompt_embeddings(x.shape[0]), x], axis=1)
         return x
+
+    def unit_logits(self, frames, num_frames):
+        """float32[B, T, num_units] logits of the CTC units (0 is the blank) of each encoder frame.
+
+        Arguments as for `__call__`; the first `config.encoder_frames(num_frames)` are real.
+        """
+        x, _ = self.encoder(frames, num_frames)
+        kernel = self.ctc.astype(x.dtype)
+        logits = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return logits + self.ctc_bias.astype(jnp.float32)
 
     def stream(self, frames, state: AudioState, final: bool):
         """Embeddings that the next frames of a stream complete.

@@ -41,9 +41,15 @@ class Vita(nn.Module):
 
     def __call__(self, batch: Batch):
         """Logits float32[B, T, V] of the token after each position."""
-        hidden, _ = self.llm(
-            self.embed(batch), batch.positions, conversation_mask(batch.segment_ids)
-        )
+        return self.logits(self.hidden_states(batch))
+
+    def hidden_states(self, batch: Batch):
+        """dtype[B, T, D] after the LLM's final norm."""
+        mask = conversation_mask(batch.segment_ids)
+        return self.llm(self.embed(batch), batch.positions, mask)[0]
+
+    def logits(self, hidden):
+        """float32[..., V] from dtype[..., D]."""
         return self.llm.logits(hidden)
 
     def embed(self, batch: Batch):
@@ -72,6 +78,15 @@ class Vita(nn.Module):
         x = self.audio(audio.reshape(-1, *audio.shape[2:]), num_frames.reshape(-1))
         counts = jnp.where(num_frames > 0, self.config.audio.num_embeddings(num_frames), 0)
         return x.reshape(*audio.shape[:2], *x.shape[1:]), counts
+
+    def unit_logits(self, audio, audio_mask):
+        """float32[B * U, T, num_units] CTC logits of clips and int32[B * U] frames that are real.
+
+        Arguments as for `encode_audio`.
+        """
+        num_frames = audio_mask.reshape(-1, audio_mask.shape[-1]).sum(axis=-1)
+        logits = self.audio.unit_logits(audio.reshape(-1, *audio.shape[2:]), num_frames)
+        return logits, jnp.maximum(self.config.audio.encoder_frames(num_frames), 0)
 
     def touch(self):
         """Calls every part once on the smallest input: what `init_params` initialises."""

@@ -1,0 +1,234 @@
+"""One shard of the data: samples drawn, shuffled, processed and packed into rows.
+
+Goes in: the sources, and how many samples of each the shard has drawn. Comes out: the next row, and
+the new counts. Everything follows from the seed and the counts, so these are the whole state.
+Read next: `loader.py`, which makes batches of the rows of many shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from vita_jax.data.augment import Augment
+from vita_jax.data.processor import Example, Processor
+from vita_jax.data.prompts import AUDIO, IMAGE, VIDEO
+
+MAX_SILENT = 16  # bad samples after which a row is over, so that they are reported
+MIX, SHUFFLE, SAMPLE = range(3)  # which random stream
+
+
+class Reader:
+    """What shards have in common: sources, order, and how a sample becomes part of a row."""
+
+    def __init__(self, data, processor, sources, objective):
+        # The words of a clip are few; the conversation around them does not enter the row.
+        limit = processor.max_tokens if objective == "ctc" else data.max_tokens
+        augment = None
+        if data.augment_audio:
+            augment = Augment.with_noises(data.noises) if data.noises else Augment()
+        self.processor = Processor(
+            processor.config, processor.tokenizer, limit, data.video_rate, augment
+        )
+        self.data, self.sources, self.objective = data, sources, objective
+        self.num_groups = math.gcd(data.batch_size, data.num_shards)
+        self.weights = np.cumsum(list(data.mixture.values())) / sum(data.mixture.values())
+        media = frozenset().union(*(source.media for source in sources))
+        self.has_tiles = bool(media & {"image", "video"}) and objective != "ctc"
+        self.has_audio = "audio" in media
+
+    def identity(self):
+        """What the stream of samples depends on; not where they lie."""
+        data = dataclasses.asdict(self.data)
+        for key in ("mixture", "noises", "num_workers", "max_reject_share"):
+            del data[key]
+        weights, sizes = list(self.data.mixture.values()), [len(s) for s in self.sources]
+        return data | {"objective": self.objective, "weights": weights, "sizes": sizes}
+
+    def shard_of_row(self, step, row):
+        """Shard that row `row` of batch `step` comes from. The greatest common divisor of rows and
+        shards is a number of groups; a group of shards fills a group of rows by turns.
+        """
+        num_rows = self.data.batch_size // self.num_groups
+        num_shards = self.data.num_shards // self.num_groups
+        group, place = divmod(row, num_rows)
+        return group * num_shards + (step * num_rows + place) % num_shards
+
+    def group_of(self, shard):
+        return shard * self.num_groups // self.data.num_shards
+
+    def size(self, number, shard):
+        """Samples of a source in a shard. One with fewer samples than shards is whole in each."""
+        total, shards = len(self.sources[number]), self.data.num_shards
+        return total if total < shards else len(range(shard, total, shards))
+
+    def random(self, purpose, *key):
+        return np.random.default_rng([purpose, self.data.seed, *key])
+
+    def choose(self, shard, draw):
+        """Number of the source of a shard's `draw`-th sample."""
+        at = self.random(MIX, shard, draw).random()
+        return min(int(np.searchsorted(self.weights, at, "right")), len(self.weights) - 1)
+
+    def shuffled(self, number, shard, epoch):
+        """Indices of a source's samples that are in a shard, in the order of one pass."""
+        order = self.random(SHUFFLE, shard, number, epoch).permutation(self.size(number, shard))
+        whole = len(self.sources[number]) < self.data.num_shards
+        return order if whole else shard + order * self.data.num_shards
+
+    def example(self, number, index, shard, draw) -> Example:
+        """One sample as arrays that fit into a row. ValueError or OSError: a bad sample."""
+        rng = self.random(SAMPLE, shard, draw)
+        with self.sources[number].open(index) as sample:
+            if rng.random() < self.data.spoken_share:
+                sample = spoken(sample, rng)
+            example = self.processor.sample(sample, rng=rng)
+        if self.objective == "ctc":
+            example = self._transcript(example)
+        frames = max(map(len, example.audio), default=0)
+        for what, size, limit in (
+            ("tokens", len(example.tokens), "max_tokens"),
+            ("tiles", _num_tiles(example), "max_tiles"),
+            ("clips", len(example.audio), "max_clips"),
+            ("frames in a clip", frames, "max_audio_frames"),
+        ):
+            if size > (most := getattr(self.data, limit)):
+                raise ValueError(f"{size} {what}, over data.{limit}={most}")
+        if not example.loss_mask[1:].any() and self.objective != "ctc":
+            raise ValueError("no target in it")
+        return example
+
+    def _transcript(self, example):
+        """The words of a clip in place of the conversation about it."""
+        tokenizer = self.processor.tokenizer
+        outside = (*tokenizer.state_ids.values(), tokenizer.eos_id)
+        words = example.tokens[(example.loss_mask > 0) & ~np.isin(example.tokens, outside)]
+        if len(example.audio) != 1 or not len(words):
+            raise ValueError(f"{len(example.audio)} clips, {len(words)} targets; expected one clip")
+        frames = self.processor.config.audio.encoder_frames(len(example.audio[0]))
+        # Between two equal targets CTC needs a blank.
+        needed = len(words) + int((words[1:] == words[:-1]).sum())
+        if needed > frames:
+            raise ValueError(f"targets need {needed} encoder frames, the clip has {frames}")
+        return Example(words, np.ones(len(words), np.float32), None, example.audio)
+
+    def row(self, examples) -> dict[str, np.ndarray]:
+        """The fields of `Batch` for one row of examples, padded."""
+        c, lengths = self.data, [len(example.tokens) for example in examples]
+        whole = not c.isolate and self.objective != "ctc"
+        spans = [sum(lengths)] if whole else lengths  # the release lets packed samples see others
+        out = {
+            "tokens": _padded([e.tokens for e in examples], c.max_tokens),
+            "positions": _padded([np.arange(n, dtype=np.int32) for n in spans], c.max_tokens),
+            "segment_ids": _padded(
+                [np.full(n, i, np.int32) for i, n in enumerate(spans, 1)], c.max_tokens
+            ),
+            "loss_mask": _padded([e.loss_mask for e in examples], c.max_tokens),
+        }
+        if self.has_tiles:
+            px = self.processor.config.vision.tile_px
+            tiles = [np.zeros((0, px, px, 3), np.float32)]
+            tiles += [e.tiles for e in examples if e.tiles is not None]
+            out["tiles"] = _padded(tiles, c.max_tiles)
+            out["tile_mask"] = np.arange(c.max_tiles) < sum(map(len, tiles))
+        if self.has_audio:
+            frames, bins = c.max_audio_frames, self.processor.config.audio.num_mel_bins
+            clips = [_padded([clip], frames)[None] for e in examples for clip in e.audio]
+            sizes = np.zeros(c.max_clips, int)
+            sizes[: len(clips)] = [len(clip) for e in examples for clip in e.audio]
+            empty = np.zeros((0, frames, bins), np.float32)
+            out["audio"] = _padded([empty, *clips], c.max_clips)
+            out["audio_mask"] = np.arange(frames) < sizes[:, None]
+        return out
+
+
+class Shard:
+    """One shard: what it draws next, and the example that did not fit into the last row."""
+
+    def __init__(self, reader, shard, state):
+        self.reader, self.shard = reader, shard
+        self.counts, self.num_rejects = list(state["counts"]), state["rejects"]
+        self.left = None  # (number of its source, example); not counted until it is in a row
+        self.order = {}  # by number of the source: pass, and indices in its order
+
+    def next(self):
+        """{"row", "state", "rejects"}; `row` is empty if only bad samples came by."""
+        examples, rejects = [], []
+        while len(rejects) < MAX_SILENT:
+            self.left = self.left or self._read(rejects)
+            if self.left is None:
+                continue
+            number, example = self.left
+            if not self._fits([*examples, example]):
+                break
+            examples.append(example)
+            self.counts[number] += 1
+            self.left = None
+        state = {"counts": list(self.counts), "rejects": self.num_rejects}
+        row = self.reader.row(examples) if examples else {}
+        return {"row": row, "state": state, "rejects": rejects}
+
+    def _read(self, rejects):
+        """The next (source, example), or None and one more in `rejects`."""
+        draw = sum(self.counts)
+        number = self.reader.choose(self.shard, draw)
+        epoch, at = divmod(self.counts[number], self.reader.size(number, self.shard))
+        if self.order.get(number, (None,))[0] != epoch:
+            self.order[number] = epoch, self.reader.shuffled(number, self.shard, epoch)
+        index = int(self.order[number][1][at])
+        try:
+            return number, self.reader.example(number, index, self.shard, draw)
+        except (ValueError, OSError) as error:
+            source = self.reader.sources[number].name
+            place = {"source": source, "index": index, "shard": self.shard, "draw": draw}
+            rejects.append(place | {"reason": str(error)})
+            self.counts[number] += 1
+            self.num_rejects += 1
+            return None
+
+    def _fits(self, examples):
+        data = self.reader.data
+        return (
+            sum(len(e.tokens) for e in examples) <= data.max_tokens
+            and sum(map(_num_tiles, examples)) <= data.max_tiles
+            and sum(len(e.audio) for e in examples) <= data.max_clips
+        )
+
+
+def spoken(sample: Mapping, rng: np.random.Generator) -> Mapping:
+    """The sample with one of the `recordings` of its first question in place of the words.
+
+    Pictures and video stay. A sample without recordings stays as it is. Source: VITA-1.5 paper,
+    stage 2.2 (about half of the text questions are spoken).
+    """
+    match sample:
+        case {
+            "recordings": [_, *_] as recordings,
+            "conversations": [{"value": str(text)} as first, *others],
+        } if AUDIO not in text:
+            marks = "".join(re.findall(f"{IMAGE}|{VIDEO}", text))
+            first = first | {"value": marks + ("\n" if marks else "") + AUDIO}
+            later = sample.get("audio") or []
+            sounds = [
+                recordings[rng.integers(len(recordings))],
+                *(later if isinstance(later, list) else [later]),
+            ]
+            return {**sample, "audio": sounds, "conversations": [first, *others]}
+    return sample
+
+
+def _num_tiles(example):
+    return 0 if example.tiles is None else len(example.tiles)
+
+
+def _padded(pieces, size):
+    """Arrays [n, ...] one behind the other, zeros behind them up to [size, ...]."""
+    out, at = np.zeros((size, *pieces[0].shape[1:]), pieces[0].dtype), 0
+    for piece in pieces:
+        out[at : at + len(piece)] = piece
+        at += len(piece)
+    return out

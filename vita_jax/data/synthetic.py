@@ -1,0 +1,198 @@
+"""Samples made of nothing: coloured shapes with captions and questions, notes with names, sums.
+
+Goes in: the name of a kind and a seed. Comes out: samples in the release's format whose pictures
+and sounds are arrays, and a `Loader` of them for `--tiny` runs and tests. Read next: `loader.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from vita_jax.batch import Batch
+from vita_jax.config import DataConfig
+from vita_jax.data.audio import SAMPLE_RATE_HZ
+from vita_jax.data.processor import Example, Processor, collate
+
+PREFIX = "synthetic:"
+COLOURS = {"red": "#d03030", "green": "#30a040", "blue": "#3050d0", "yellow": "#e0c030"}
+SHAPES = ("square", "disc", "triangle")
+NOTES_HZ = {"do": 262, "re": 294, "mi": 330, "fa": 349, "sol": 392, "la": 440, "si": 494}
+
+
+def samples(kind: str, number: int, seed: int) -> list[dict]:
+    """`number` samples in the release's format.
+
+    Args:
+      kind: "text", "captions", "qa", "speech" (transcribe), "spoken_qa" or "noise".
+      number: how many.
+      seed: the same seed gives the same samples.
+
+    Raises:
+      ValueError: another kind.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"{PREFIX}{kind}: expected one of {', '.join(_KINDS)}")
+    rng = np.random.default_rng(seed)
+    return [{"id": f"{kind} {i}", **_KINDS[kind](rng)} for i in range(number)]
+
+
+class Loader:
+    """Batches of synthetic samples, one sample a row, without end.
+
+    The samples are drawn by the mixture's weights once; each epoch goes through them in an order of
+    its own. All is in memory.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        processor: Processor,
+        process_index: int = 0,
+        process_count: int = 1,
+        objective: str = "next_token",
+        num_samples: int = 64,
+    ):
+        """Makes the samples.
+
+        Args:
+          data: its mixture is of {"synthetic:KIND": weight}.
+          processor: of the model that is trained.
+          process_index: which rows of a batch this process gets.
+          process_count: into how many parts a batch is cut.
+          objective: "next_token", or "ctc": `tokens` are then what a sample's clip says, alone.
+          num_samples: of an epoch, at least; whole batches.
+        """
+        self.data, self.num_rejects = data, 0
+        num_rows = data.batch_size // process_count
+        self._rows = slice(process_index * num_rows, (process_index + 1) * num_rows)
+        weights = np.array(list(data.mixture.values())) / sum(data.mixture.values())
+        total = max(num_samples // data.batch_size, 1) * data.batch_size
+        counts = np.diff(np.round(np.cumsum([0, *weights]) * total).astype(int))
+        self._examples = [
+            processor.sample(sample)
+            for (source, number) in zip(data.mixture, counts)
+            for sample in samples(source.removeprefix(PREFIX), number, data.seed)
+        ]
+        if objective == "ctc":
+            self._examples = [_transcript(e, processor.tokenizer) for e in self._examples]
+        # With a sample of each kind in it, every batch has the same arrays.
+        self._fullest = [
+            max(self._examples, key=lambda example: example.tiles is not None),
+            max(self._examples, key=lambda example: len(example.audio)),
+        ]
+        self._step = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        size, data = self.data.batch_size, self.data
+        epoch, start = divmod(self._step * size, len(self._examples))
+        order = np.random.default_rng([data.seed, epoch]).permutation(len(self._examples))
+        rows = [self._examples[i] for i in order[start : start + size]][self._rows]
+        self._step += 1
+        batch = collate(
+            [*rows, *self._fullest],
+            data.max_tokens,
+            data.max_tiles,
+            data.max_clips,
+            data.max_audio_frames,
+        )
+        return jax.tree.map(lambda x: x[: len(rows)], batch)
+
+    @property
+    def epoch(self) -> int:
+        """Times that all samples have been gone through."""
+        return self._step * self.data.batch_size // len(self._examples)
+
+    def close(self) -> None:
+        """Ends nothing: there are no workers."""
+
+    def state(self) -> dict:
+        """Where the next batch starts."""
+        return {"step": self._step}
+
+    def restore(self, state: dict) -> None:
+        """Goes on where `state` was taken."""
+        self._step = state["step"]
+
+
+def _transcript(example, tokenizer):
+    """The words of the reply in place of the conversation."""
+    outside = (*tokenizer.state_ids.values(), tokenizer.eos_id)
+    words = example.tokens[(example.loss_mask > 0) & ~np.isin(example.tokens, outside)]
+    return Example(words, np.ones(len(words), np.float32), None, example.audio)
+
+
+def _shape(rng):
+    """A picture of a coloured shape, and the words for both."""
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    picture = PIL.Image.new("RGB", (28, 28), "white")
+    draw = PIL.ImageDraw.Draw(picture)
+    x, y = (int(v) for v in rng.integers(1, 9, 2))
+    box, fill = (x, y, x + 18, y + 18), COLOURS[colour]
+    if shape == "square":
+        draw.rectangle(box, fill)
+    elif shape == "disc":
+        draw.ellipse(box, fill)
+    else:
+        draw.polygon([(x, y + 18), (x + 18, y + 18), (x + 9, y)], fill)
+    return picture, colour, shape
+
+
+def _tones(rng):
+    """Two notes of 0.4 s and a little noise: ((samples, rate in Hz), their names)."""
+    names = rng.choice(list(NOTES_HZ), 2)
+    seconds = np.arange(int(0.4 * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+    waves = [0.3 * np.sin(2 * np.pi * NOTES_HZ[name] * seconds) for name in names]
+    wave = np.concatenate(waves) + 0.01 * rng.standard_normal(2 * len(seconds))
+    return (wave.astype(np.float32), SAMPLE_RATE_HZ), " ".join(names)
+
+
+def _talk(question, reply, **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+    return {"conversations": turns, **more}
+
+
+def _text(rng):
+    a, b = rng.integers(0, 10, 2)
+    return _talk(f"{a} + {b} = ?", str(a + b))
+
+
+def _caption(rng):
+    picture, colour, shape = _shape(rng)
+    return _talk("<image>Describe it.", f"a {colour} {shape}", image=picture)
+
+
+def _question(rng):
+    picture, colour, shape = _shape(rng)
+    question, reply = (("What colour?", colour), ("What shape?", shape))[rng.integers(2)]
+    return _talk(f"<image>{question}", reply, image=picture)
+
+
+def _speech(rng):
+    sound, names = _tones(rng)
+    return _talk("Write down what you hear.<audio>", names, audio=[sound])
+
+
+def _spoken_question(rng):
+    (picture, colour, _), (sound, names) = _shape(rng), _tones(rng)
+    return _talk("<image><audio>", f"{names}: {colour}", image=picture, audio=[sound])
+
+
+def _noise(rng):
+    sound = (0.1 * rng.standard_normal(SAMPLE_RATE_HZ)).astype(np.float32), SAMPLE_RATE_HZ
+    return _talk("<audio>", "", audio=[sound], inserted_id=1)
+
+
+_KINDS = {
+    "text": _text,
+    "captions": _caption,
+    "qa": _question,
+    "speech": _speech,
+    "spoken_qa": _spoken_question,
+    "noise": _noise,
+}

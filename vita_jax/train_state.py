@@ -1,0 +1,291 @@
+"""What a run holds: parameters that train, their optimizer, where they come from, and its saves.
+
+Goes in: a `TrainConfig`. Comes out: arrays on the mesh, saved and restored with Orbax, and in the
+end a checkpoint folder. Read next: `train.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import safe_open
+
+from vita_jax import checkpoint
+from vita_jax import config as configs
+from vita_jax import params as trees
+from vita_jax.config import TrainConfig
+from vita_jax.models import vita
+from vita_jax.sharding import param_shardings
+
+log = logging.getLogger(__name__)
+
+_OWN_LICENCE = (
+    "These weights were trained with vita_jax from random numbers. They may be used under the\n"
+    "Apache License 2.0, as vita_jax itself; the data they were trained on may set other terms.\n"
+)
+
+
+@flax.struct.dataclass
+class State:
+    """All that a step changes.
+
+    Attributes:
+      step: int32[] steps done, skipped ones included.
+      params: float32 tree of what trains.
+      opt_state: Optax's state for `params`.
+      skipped: int32[] updates left out because they were not finite.
+      skipped_now: int32[] how many of them since the last finite one.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_now: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from.
+
+    Attributes:
+      file: safetensors file of its part; None if it is drawn.
+      dtype: in which it is stored.
+      box: its entry of `vita.boxed_shapes`.
+      seed: it is drawn with.
+    """
+
+    file: Path | None
+    dtype: np.dtype
+    box: object
+    seed: int
+
+    @contextlib.contextmanager
+    def open(self, path: str):
+        """The values of the parameter `path`: `values[at]` of a file is read when asked for."""
+        if self.file is None:
+            yield vita.draw(path, self.box, self.seed)
+            return
+        with safe_open(self.file, framework="np") as tensors:
+            yield tensors.get_slice(path.split("/", 1)[1])
+
+
+def origins(config: TrainConfig) -> dict[str, Origin]:
+    """Where each parameter of the model starts: in a folder of `init_from`, or drawn.
+
+    With folders given, only what trains may be drawn (new prompts, say), and it is named in the
+    log.
+
+    Raises:
+      FileNotFoundError: a folder is no checkpoint.
+      ValueError: a folder does not fit the model or has nothing that its pattern matches, or
+        something frozen is in none.
+    """
+    boxed = trees.flatten(vita.boxed_shapes(config.model))
+    drawn = functools.partial(Origin, None, np.dtype(np.float32), seed=config.seed)
+    found = {path: drawn(box) for path, box in boxed.items()}
+    for pattern, folder in init_folders(config):
+        _, files = checkpoint.open_folder(folder)
+        headers = {part: checkpoint.header(file) for part, file in files.items()}
+        held = {f"{part}/{name}": e for part, names in headers.items() for name, e in names.items()}
+        held = {path: held[path] for path in trees.match((pattern,), held)}
+        expected = {path: boxed[path].value.shape for path in held if path in boxed}
+        checkpoint.refuse(checkpoint.mismatches(held, expected), folder)
+        for path, entry in held.items():
+            file, dtype = files[path.split("/")[0]], checkpoint.DTYPES[entry.dtype]
+            found[path] = Origin(file, dtype, boxed[path], config.seed)
+    new = [path for path, origin in found.items() if origin.file is None]
+    if config.init_from and new:
+        frozen = [path for path in new if not any(re.fullmatch(p, path) for p in config.trainable)]
+        checkpoint.refuse([f"missing: {path}" for path in frozen], ", ".join(config.init_from))
+        log.info("in no folder of init_from, so drawn at random: %s", ", ".join(new))
+    return found
+
+
+def init_folders(config: TrainConfig) -> list[tuple[str, Path]]:
+    """(path pattern, folder) of each word of `init_from`."""
+    words = [word.rpartition("=") for word in config.init_from]
+    return [(pattern or ".*", Path(folder)) for pattern, _, folder in words]
+
+
+def param_shapes(config: TrainConfig, parts, mesh) -> tuple[dict, dict]:
+    """What trains and what is frozen, as trees of ShapeDtypeStruct with shardings.
+
+    Args:
+      config: the stage.
+      parts: of the model that are wanted, as "llm".
+      mesh: the mesh.
+
+    Raises:
+      ValueError: a pattern of `config.trainable` matches nothing in these parts.
+    """
+    boxed = {part: box for part, box in vita.boxed_shapes(config.model).items() if part in parts}
+    shapes = trees.flatten(nn.unbox(boxed))
+    trained, _ = trees.split(nn.unbox(boxed), config.trainable)
+    exact = {path for path in shapes if path.rsplit("/", 1)[-1] in trees.STATISTICS}
+    exact |= set(trees.flatten(trained))
+    flat = {
+        path: jax.ShapeDtypeStruct(
+            shapes[path].shape, "float32" if path in exact else config.dtype, sharding=sharding
+        )
+        for path, sharding in trees.flatten(param_shardings(boxed, mesh)).items()
+    }
+    return trees.split(trees.unflatten(flat), config.trainable)
+
+
+def place(origins: dict[str, Origin], shapes) -> dict:
+    """Parameters on the mesh; a device reads its shard and no more of a file.
+
+    Args:
+      origins: as the function of that name gives them.
+      shapes: tree of ShapeDtypeStruct with shardings: those wanted.
+
+    Returns:
+      Nested dict of jax.Array.
+    """
+
+    def read(path, shape):
+        with origins[path].open(path) as values:
+            return jax.make_array_from_callback(
+                shape.shape, shape.sharding, lambda at: values[at].astype(shape.dtype)
+            )
+
+    return trees.unflatten({path: read(path, s) for path, s in trees.flatten(shapes).items()})
+
+
+def start(params, optimizer) -> State:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, optimizer.init(params), zero, zero)
+
+
+def state_shapes(shapes, optimizer, mesh) -> State:
+    """State of ShapeDtypeStruct with shardings: moments lie where their parameters do.
+
+    Args:
+      shapes: tree of ShapeDtypeStruct with shardings: what trains.
+      optimizer: the Optax transformation.
+      mesh: the mesh.
+    """
+    state = jax.eval_shape(functools.partial(start, optimizer=optimizer), shapes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def at(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: at(moment, param.sharding),
+        state.opt_state,
+        shapes,
+        transform_non_params=lambda leaf: at(leaf, everywhere),
+    )
+    scalar = at(state.step, everywhere)
+    return State(scalar, shapes, opt_state, scalar, scalar)
+
+
+def export(folder, config: TrainConfig, origins: dict[str, Origin], params, tokenizer) -> None:
+    """Writes the model as a checkpoint folder: what trained in float32, all else as it came.
+
+    Every process must call this; the first one writes.
+
+    Args:
+      folder: to write; must not exist.
+      config: the stage.
+      origins: as the function of that name gives them.
+      params: tree of what trained.
+      tokenizer: the model's.
+    """
+    trained = trees.flatten(params)
+    tensors = {
+        path: jax.ShapeDtypeStruct(o.box.value.shape, "float32" if path in trained else o.dtype)
+        for path, o in origins.items()
+    }
+
+    def values():
+        for path, origin in origins.items():
+            if path in trained:
+                yield path, None, multihost_utils.process_allgather(trained[path], tiled=True)
+            elif jax.process_index() == 0:
+                with origin.open(path) as held:
+                    yield path, None, held[:]
+
+    if jax.process_index():
+        for _ in values():  # takes its part in gathering
+            pass
+        return
+    texts = [(source / "LICENSE.txt").read_text() for _, source in init_folders(config)]
+    licence = "\n".join(dict.fromkeys(texts)) or _OWN_LICENCE
+    provenance = {"made_by": "vita train", "trained": True, "stage": configs.to_json(config)}
+    checkpoint.write(folder, config.model, tensors, values(), tokenizer, provenance, licence)
+
+
+class Saves:
+    """The last saves of a run, each whole or not there; written while training goes on."""
+
+    def __init__(self, folder, keep: int):
+        """Opens `folder`, made if need be; the latest `keep` saves stay."""
+        import orbax.checkpoint as orbax
+
+        self._orbax = orbax
+        options = orbax.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = orbax.CheckpointManager(Path(folder).absolute(), options=options)
+
+    def save(self, step: int, state: State, loader_state: dict) -> None:
+        """Saves, in the background: the arrays may be given away once this returns."""
+        if step == self._manager.latest_step():
+            return
+        args = self._orbax.args
+        self._manager.save(
+            step,
+            args=args.Composite(state=args.StandardSave(state), loader=args.JsonSave(loader_state)),
+        )
+
+    def restore(self, shapes):
+        """The latest save that can be read, as (state, loader state), or None if there is none.
+
+        Args:
+          shapes: State of ShapeDtypeStructs with shardings, on any mesh.
+
+        Raises:
+          ValueError: there are saves and none can be read.
+        """
+        args, errors = self._orbax.args, []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wanted = args.Composite(state=args.StandardRestore(shapes), loader=args.JsonRestore())
+            try:
+                held = self._manager.restore(step, args=wanted)
+            except Exception as error:  # torn files fail in many ways, each its own exception
+                errors.append(
+                    f"step {step}: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
+                log.warning("the save of %s cannot be read; trying the one before", errors[-1])
+                continue
+            for torn in [s for s in self._manager.all_steps() if s > step]:
+                self._manager.delete(torn)  # so that the step can be saved again
+            return held.state, held.loader
+        if errors:
+            raise ValueError(f"{self._manager.directory}: no save can be read; {errors[0]}")
+        return None
+
+    def close(self) -> None:
+        """Waits until all is on disk.
+
+        Raises:
+          OSError: a save failed, for want of space maybe.
+        """
+        self._manager.wait_until_finished()
+        self._manager.close()

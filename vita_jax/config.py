@@ -372,9 +372,7 @@ class DataConfig:
     num_workers: int = 0  # Grain worker processes
     isolate: bool = True  # packed samples do not see each other (the release: they do)
     video_rate: float = 3.0  # frames a second, the release's loader
-    spoken_share: float = (
-        0.0  # of the samples with `recordings` of their question, how many use one
-    )
+    spoken_share: float = 0.0  # of the samples with `recordings`, those that use one
     augment_audio: bool = False  # speed perturbation and SpecAugment of clips
     noises: str | None = None  # folder of sounds that `augment_audio` mixes in, too
     max_reject_share: float = 0.05

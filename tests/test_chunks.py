@@ -105,23 +105,3 @@ def test_first_half_of_a_chunk_is_not_cut():
 def test_chunk_shorter_than_the_window():
     assert quiet_cut(hum([1]), 2401, 0.05) == 0
     assert quiet_cut(hum([50]), 2401, 0.05) is None
-
-
-def test_quiet_start_is_dropped_once():
-    def speak(tokens):
-        synthesis = ChunkedSynthesis(
-            hum,
-            samples_per_token=RATE,
-            chunk_size=3,
-            padding=1,
-            window=31,
-            threshold=0.005,
-            trim_below=0.03,
-        )
-        return segments_of(synthesis, tokens)
-
-    tokens = [1, 2, 50, 50, 50, 0, 1, 50]
-    segments = speak(tokens)
-    assert len(segments) == 2
-    np.testing.assert_array_equal(np.concatenate(segments), hum(tokens)[200:])
-    np.testing.assert_array_equal(np.concatenate(speak([1] * 3)), hum([1] * 3))

@@ -26,7 +26,6 @@ class ChunkedSynthesis:
         padding: int = 10,
         window: int = 2401,
         threshold: float = 0.01,
-        trim_below: float | None = None,
     ):
         """Starts with no tokens.
 
@@ -37,14 +36,11 @@ class ChunkedSynthesis:
           padding: tokens decoded with a chunk on either side of it, and heard with its neighbours.
           window: samples over which loudness is averaged in search of a place to cut.
           threshold: mean |x| of a window below which it is quiet.
-          trim_below: samples at the start that are not louder than this are dropped (unless all
-            of the first segment is that quiet); None drops none.
         """
         self._decode = decode
         self._samples_per_token = samples_per_token
         self._chunk_size, self._padding = chunk_size, padding
         self._window, self._threshold = window, threshold
-        self._trim_below = trim_below
         self._tokens: list[int] = []
         self._num_heard = 0  # tokens at the front that are only there as padding
         self._held = np.zeros(0, np.float32)  # decoded, waiting for a quiet place
@@ -64,7 +60,7 @@ class ChunkedSynthesis:
             self._held = np.concatenate([self._held, chunk])
             return self._held[:0]
         segment, self._held = np.concatenate([self._held, chunk[:cut]]), chunk[cut:]
-        return self._trim(segment)
+        return segment
 
     def flush(self) -> np.ndarray:
         """Returns what is left after the last token, float32[W]."""
@@ -74,14 +70,6 @@ class ChunkedSynthesis:
             rest = waveform[self._num_heard * self._samples_per_token :]
             segment = np.concatenate([segment, rest])
         self._tokens, self._num_heard, self._held = [], 0, self._held[:0]
-        return self._trim(segment)
-
-    def _trim(self, segment):
-        """The segment, without its quiet start if it is the first one."""
-        if self._trim_below is not None and segment.size:
-            loud = np.abs(segment) > self._trim_below
-            segment = segment[np.argmax(loud) :]  # 0 where nothing is loud
-            self._trim_below = None
         return segment
 
 

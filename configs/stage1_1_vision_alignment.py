@@ -3,7 +3,7 @@
 Run:     vita train configs/stage1_1_vision_alignment.py --workdir runs/s1_1
          (add --tiny to try it on a CPU)
 Needs:   checkpoints/parts (`vita convert` of plain Qwen2.5-7B-Instruct and InternViT) and a fifth
-         of the captions in data/captions
+         of the captions in data/captions; others to validate with in data/held_out/captions
 Source:  VITA-1.5 paper, three-stage training, stage 1.1; the release's script "s1 pretrain vision
          MLP". The number of steps is ours: one pass over 0.92M captions
 """
@@ -17,7 +17,12 @@ def get_config():
         model=vita_7b(),
         init_from=("checkpoints/parts",),
         trainable=(r"vision/projector/.*",),
-        data=DataConfig(mixture={"data/captions": 1.0}, batch_size=512, max_tokens=6200),
+        data=DataConfig(
+            mixture={"data/captions": 1.0},
+            held_out=("data/held_out/captions",),
+            batch_size=512,
+            max_tokens=6200,
+        ),
         optim=OptimConfig(learning_rate=5e-4, accumulation=2),
         num_steps=1_800,
     )

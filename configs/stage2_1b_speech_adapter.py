@@ -3,7 +3,7 @@
 Run:     vita train configs/stage2_1b_speech_adapter.py --workdir runs/s2_1b
          (add --tiny to try it on a CPU)
 Needs:   the model of stage 1.3 in runs/s1_3/model, that of stage 2.1a in runs/s2_1a/model, speech
-         to write down in data/speech
+         to write down in data/speech, other speech to validate with in data/held_out/speech
 Source:  VITA-1.5 paper, three-stage training, stage 2.1; the release's scripts "s1 audio MLP"
          (rate, batch) and "fo prompt tuning" (number of prompts). The number of steps is ours
 """
@@ -21,7 +21,12 @@ def get_config():
         model=dataclasses.replace(model, audio=audio),
         init_from=("runs/s1_3/model", r"audio/encoder/.*=runs/s2_1a/model"),
         trainable=(r"audio/adapter/.*", r"audio/prompts"),
-        data=DataConfig(mixture={"data/speech": 1.0}, batch_size=512, max_tokens=6200),
+        data=DataConfig(
+            mixture={"data/speech": 1.0},
+            held_out=("data/held_out/speech",),
+            batch_size=512,
+            max_tokens=6200,
+        ),
         optim=OptimConfig(learning_rate=5e-4, accumulation=2),
         num_steps=10_000,
     )

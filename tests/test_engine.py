@@ -9,7 +9,7 @@ import pytest
 
 from vita_jax import sharding
 from vita_jax.config import vita_tiny
-from vita_jax.data.processor import collate
+from vita_jax.data.collate import collate
 from vita_jax.data.tokenizer import load_bundled
 from vita_jax.infer import voice
 from vita_jax.infer.engine import AudioChunk, Done, Engine, TextDelta

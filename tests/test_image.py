@@ -129,6 +129,16 @@ def test_fit_frame_cuts_the_centre_out_of_the_rounded_size(size, long_edge):
     np.testing.assert_array_equal(np.asarray(fit_frame(image, 28)), expected)
 
 
+def test_normalize_is_the_plain_formula_bit_for_bit():
+    values = np.arange(256, dtype=np.uint8)
+    tiles = [np.stack([np.roll(values, i * j).reshape(16, 16) for i in (1, 3, 5)], -1)
+             for j in range(2)]  # fmt: skip
+    mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+    expected = (np.stack(tiles).astype(np.float32) / 255 - mean) / std
+    out = normalize([Image.fromarray(tile) for tile in tiles])
+    assert out.dtype == np.float32 and out.tobytes() == expected.tobytes()
+
+
 def test_normalize():
     tiles = normalize([Image.new("RGB", (4, 4), "black"), Image.new("RGB", (4, 4), (0, 255, 51))])
     assert tiles.dtype == np.float32

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
 from vita_jax.config import DataConfig, vita_tiny
-from vita_jax.data.loader import Loader, merge_states
+from vita_jax.data.loader import Loader, held_out, merge_states
 from vita_jax.data.processor import Processor
 from vita_jax.data.tokenizer import byte_tokenizer
 from vita_jax.models.vita import Vita, init_params
@@ -226,6 +226,69 @@ def test_fewer_samples_than_shards(folder, tmp_path):
     path = write(tmp_path / "one.jsonl", [{"conversations": talk("A", "B")}])
     batch = next(Loader(settings(folder, mixture={path: 1.0}), PROCESSOR))
     assert set(answers(batch)) == {"B"} and batch.tiles is None and batch.audio is None
+
+
+# Held-out samples
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_held_out_samples_come_once(folder, count):
+    data = settings(folder, augment_audio=True, noises=str(folder / "audio"))
+    data = dataclasses.replace(data, mixture={name: i + 0.1 for i, name in enumerate(data.mixture)})
+    whole = list(held_out(data, PROCESSOR))
+    drawn = sorted(text for batch in whole for text in answers(batch))
+    expected = [f"No. {i}." for i in range(20)] + [f"Heard {i}." for i in range(9)]
+    assert drawn == sorted(expected + ["Yes. " * i for i in range(1, 30)])
+    trained = next(Loader(data, PROCESSOR))
+    for name in FIELDS:
+        a, b = getattr(whole[0], name), getattr(trained, name)
+        assert a.shape == b.shape and a.dtype == b.dtype, name
+    # Row r has the samples r, r + 4, ... in their order.
+    rows = [[f"No. {i}." for i in range(r, 20, 4)] for r in range(4)]
+    for row, texts in enumerate(rows):
+        mine = [jax.tree.map(lambda x, r=row: x[r : r + 1], batch) for batch in whole]
+        assert [text for batch in mine for text in answers(batch)][:5] == texts
+    # The same once more, and cut into parts; a part that is over is all padding.
+    parts = [list(held_out(data, PROCESSOR, p, count)) for p in range(count)]
+    assert max(map(len, parts)) == len(whole)
+    for at, batch in enumerate(whole):
+        made = [p[at] if at < len(p) else jax.tree.map(np.zeros_like, p[0]) for p in parts]
+        assert_same(joined(made), batch)
+
+
+def test_held_out_rows_that_run_out_are_padding(folder, tmp_path, caplog):
+    path = write(
+        tmp_path / "some.jsonl",
+        [{"conversations": talk("A", "B")}, {"image": "gone.png"}, {"id": 2}, {"id": 3}],
+    )
+    data = settings(folder, mixture={path: 1.0})
+    (batch,) = held_out(data, PROCESSOR)
+    assert [*answers(batch)] == ["B"]
+    for name in FIELDS:
+        value = getattr(batch, name)
+        assert value is None or not value[1:].any(), name
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("3 held-out samples left out; the first: ") and "sample 1:" in said
+    (empty,) = held_out(data, PROCESSOR, 1, 2)  # nothing for it: one batch, so that it has a shape
+    assert empty.tokens.shape == (2, 2600) and not empty.segment_ids.any()
+
+
+def test_held_out_questions_are_spoken_the_same_each_time(folder):
+    samples = [
+        {"recordings": ["0.wav", "5.wav"], "conversations": talk("What?", f"{i}.")}
+        for i in range(40)
+    ]
+    path = write(folder / "held.jsonl", samples)
+    data = settings(folder, mixture={path: 1.0}, spoken_share=0.5)
+    batches = list(held_out(data, PROCESSOR))
+    heard = sum(int(batch.audio_mask.any(axis=2).sum()) for batch in batches)
+    assert 10 < heard < 30
+    again = list(held_out(dataclasses.replace(data, batch_size=2), PROCESSOR))
+    assert sum(int(batch.audio_mask.sum()) for batch in again) == sum(
+        int(batch.audio_mask.sum()) for batch in batches
+    )
+    with pytest.raises(FileNotFoundError, match="nowhere"):  # at once, not at the first batch
+        held_out(dataclasses.replace(data, mixture={"nowhere": 1.0}), PROCESSOR)
 
 
 # Packing

@@ -1,4 +1,4 @@
-"""Prompts, training samples, their masks, bad input, and batches."""
+"""Prompts, training samples, their masks, bad input."""
 
 import importlib.resources
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN
 from vita_jax.config import override, vita_7b, vita_nano, vita_tiny
-from vita_jax.data.processor import Processor, Turn, bucket, collate
+from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.prompts import SYSTEM_PROMPTS
 from vita_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_bundled
 
@@ -360,52 +360,3 @@ def test_samples_of_another_format():
         ),
     ):
         refused(message, TINY.sample, sample)
-
-
-# Batches
-
-
-def test_bucket():
-    assert [bucket(n) for n in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
-    assert [bucket(n, 128) for n in (1, 128, 129, 257, 385, 769)] == [128, 128, 256, 384, 512, 1024]
-
-
-def test_collate(clip):
-    examples = [
-        TINY.prompt("Hi"),
-        TINY.prompt("Hi", images=[WIDE, SQUARE], audio=clip(1)),
-        TINY.sample(
-            {"audio": [clip(2), clip(0.5, "b.wav")], "conversations": talk("<audio><audio>", "A")}
-        ),
-    ]
-    batch = collate(examples)
-    assert batch.tiles.shape == (3, 4, 28, 28, 3) and batch.tile_mask.sum(1).tolist() == [0, 4, 0]
-    assert batch.audio.shape == (3, 2, 256, 80)
-    assert batch.audio_mask.sum(2).tolist() == [[0, 0], [98, 0], [198, 48]]
-    np.testing.assert_array_equal(batch.tiles[1], examples[1].tiles)
-    np.testing.assert_array_equal(batch.audio[2, 1, :48], examples[2].audio[1])
-    assert (batch.audio[~batch.audio_mask] == 0).all() and (
-        batch.tiles[~batch.tile_mask] == 0
-    ).all()
-    length = bucket(max(len(e.tokens) for e in examples), 128)
-    for row, example in enumerate(examples):
-        n = len(example.tokens)
-        assert batch.tokens[row].tolist() == example.tokens.tolist() + [0] * (length - n)
-        assert batch.positions[row].tolist() == [*range(n)] + [0] * (length - n)
-        assert batch.segment_ids[row].tolist() == [1] * n + [0] * (length - n)
-        assert batch.loss_mask[row].sum() == example.loss_mask.sum()
-    assert {str(a.dtype) for a in (batch.tokens, batch.positions, batch.segment_ids)} == {"int32"}
-    assert (
-        str(batch.loss_mask.dtype) == str(batch.tiles.dtype) == str(batch.audio.dtype) == "float32"
-    )
-    assert batch.tile_mask.dtype == batch.audio_mask.dtype == bool
-
-
-def test_collate_to_given_sizes():
-    examples = [TINY.prompt("Hi", images=[SQUARE])]
-    batch = collate(examples, num_tokens=1000, num_tiles=5)
-    assert batch.tokens.shape == (1, 1000) and batch.tiles.shape[1] == 5
-    assert batch.audio is None and batch.audio_mask is None
-    assert collate([TINY.prompt("Hi")]).tiles is None
-    refused("an example has 1 tiles, the batch takes 0", collate, examples, num_tiles=0)
-    refused("tokens, the batch takes 10", collate, examples, num_tokens=10)

@@ -16,6 +16,9 @@ import types
 import typing
 from pathlib import Path
 
+# What is kept of each layer for the backward pass: its input alone, its matrix products, or all.
+REMAT = ("full", "dots", "none")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -33,6 +36,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     embeddings_scale: float = 0.5  # before the pixel shuffle, as in the release
     dtype: str = "float32"
+    remat: str = "full"
 
     def __post_init__(self):
         if self.tile_px % self.patch_px or (self.tile_px // self.patch_px) % 2:
@@ -78,6 +82,7 @@ class AudioConfig:
     adapter_norm_eps: float = 1e-3
     dither: float = 0.0  # noise on the samples (as int16 values) before the filter bank
     dtype: str = "float32"
+    remat: str = "full"
 
     def __post_init__(self):
         _check_divides("audio", "embed_dim", self.embed_dim, "num_heads", self.num_heads)
@@ -121,10 +126,14 @@ class LlmConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     qkv_bias: bool = True
+    num_states: int = 0  # 3: with a head for what a reply answers, query, noise or text; 0: without
     dtype: str = "float32"
+    remat: str = "full"
 
     def __post_init__(self):
         _check_divides("llm", "num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
+        if self.num_states not in (0, 3):
+            raise ValueError(f"llm.num_states={self.num_states}: expected 0 or 3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +149,7 @@ class SpeechConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     dtype: str = "float32"
+    remat: str = "full"
 
     qkv_bias: typing.ClassVar[bool] = False
 
@@ -259,14 +269,16 @@ class VitaConfig:
         """Pieces that one text embedding is cut into for the speech decoder."""
         return self.llm.embed_dim // self.speech.embed_dim
 
-    def with_dtype(self, dtype: str) -> VitaConfig:
+    def with_dtype(self, dtype: str, remat: str = "full") -> VitaConfig:
         """The same model computing in `dtype` ("float32", "bfloat16", "float16"); the codec stays
-        float32.
+        float32. `remat` says what a backward pass finds kept of each layer (one of `REMAT`).
         """
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r}: expected float32, bfloat16 or float16")
+        if remat not in REMAT:
+            raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT)}")
         parts = {
-            part: dataclasses.replace(getattr(self, part), dtype=dtype)
+            part: dataclasses.replace(getattr(self, part), dtype=dtype, remat=remat)
             for part in ("vision", "audio", "llm", "speech")
             if getattr(self, part) is not None
         }
@@ -375,6 +387,8 @@ class DataConfig:
     spoken_share: float = 0.0  # of the samples with `recordings`, those that use one
     augment_audio: bool = False  # speed perturbation and SpecAugment of clips
     noises: str | None = None  # folder of sounds that `augment_audio` mixes in, too
+    held_out: tuple[str, ...] = ()  # sources of samples to validate with, never trained on
+    units: str | None = None  # file of CTC units (`vita data units`); None: the tokenizer's ids
     max_reject_share: float = 0.05
     seed: int = 42
 
@@ -425,10 +439,12 @@ class TrainConfig:
     init_from: tuple[str, ...] = ()  # FOLDER or PATTERN=FOLDER, later ones win; none: random
     dtype: str = "bfloat16"  # of computing and of frozen parameters; trained ones are float32
     mesh: tuple[int, int, int] | None = None  # data, fsdp, tensor; None: all devices on fsdp
+    remat: str = "full"  # what each layer keeps for the backward pass: one of `REMAT`
     loss_chunk: int = 256  # tokens of a row whose logits are in memory at once
     log_every: int = 10  # steps
     save_every: int = 500  # steps
-    keep: int = 3  # saves
+    validate_every: int = 500  # steps; there is a save, too
+    keep: int = 3  # the latest saves; the best one is kept besides
     max_skipped: int = 10  # non-finite updates in a row before the run stops
     seed: int = 42  # of parameters that come from no folder
 
@@ -442,12 +458,11 @@ class TrainConfig:
                 f"data.batch_size={self.data.batch_size} must be a multiple of "
                 f"optim.accumulation={self.optim.accumulation}"
             )
-        low = min(self.num_steps, self.log_every, self.save_every, self.keep, self.max_skipped)
-        if low < 1:
-            raise ValueError(
-                "num_steps, log_every, save_every, keep and max_skipped must be at least 1"
-            )
-        self.model.with_dtype(self.dtype)  # refuses any other word
+        for name in ("num_steps", "log_every", "save_every", "validate_every", "keep",
+                     "max_skipped"):  # fmt: skip
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        self.model.with_dtype(self.dtype, self.remat)  # refuses any other word
 
 
 def load_config(path, overrides=(), tiny: bool = False) -> TrainConfig:
@@ -479,15 +494,18 @@ def shrink(config: TrainConfig) -> TrainConfig:
         num_prompts=min(config.model.audio.num_prompts, 2),
         num_units=(model.llm.vocab_size + 1) * bool(config.model.audio.num_units),
     )
+    llm = dataclasses.replace(model.llm, num_states=config.model.llm.num_states)
     mixture = {f"synthetic:{Path(k).name}": weight for k, weight in config.data.mixture.items()}
+    held_out = tuple(f"synthetic:{Path(name).name}" for name in config.data.held_out)
     if config.data.spoken_share:  # made-up questions come spoken or written
         mixture["synthetic:spoken_qa"] = config.data.spoken_share
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, audio=audio),
+        model=dataclasses.replace(model, audio=audio, llm=llm),
         data=dataclasses.replace(
             config.data,
             mixture=mixture,
+            held_out=held_out,
             batch_size=8,
             max_tokens=768,
             max_tiles=1,
@@ -496,6 +514,7 @@ def shrink(config: TrainConfig) -> TrainConfig:
             spoken_share=0.0,
             augment_audio=False,
             noises=None,
+            units=None,
             num_workers=0,
         ),
         optim=dataclasses.replace(config.optim, learning_rate=3e-3, accumulation=1),
@@ -504,6 +523,7 @@ def shrink(config: TrainConfig) -> TrainConfig:
         dtype="float32",
         log_every=1,
         save_every=10,
+        validate_every=10,
     )
 
 

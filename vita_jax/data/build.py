@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import track
 
 from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio
 from vita_jax.data.image import read_image
@@ -78,7 +79,9 @@ def records(
         initializer=end_with_parent,
     ) as pool:
         made = pool.map(write, range(num_shards))
-        shards = list(tqdm(made, total=num_shards, unit="shard", disable=not progress))
+        console = Console(stderr=True)
+        made = track(made, "shards", num_shards, console=console, disable=not progress)
+        shards = list(made)
     return _finish(folder, name, shards)
 
 

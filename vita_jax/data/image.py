@@ -114,8 +114,16 @@ def fit_frame(image: Image.Image, tile_px: int) -> Image.Image:
 
 def normalize(images: list[Image.Image]) -> np.ndarray:
     """RGB tiles, all of px by px, as float32[I, px, px, 3] of mean 0, deviation 1 over ImageNet."""
-    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32)
-    return (pixels / 255 - np.float32(MEAN)) / np.float32(STD)
+    width, height = images[0].size
+    out = np.empty((len(images), height, width * 3), np.float32)
+    # A whole line of pixels at a time: by threes the same sums take six times as long.
+    mean, std = (np.tile(np.float32(values), width) for values in (MEAN, STD))
+    for tile, image in zip(out, images):
+        tile[...] = np.asarray(image).reshape(height, -1)
+        tile /= 255
+        tile -= mean
+        tile /= std
+    return out.reshape(-1, height, width, 3)
 
 
 def _from_array(array):

@@ -6,22 +6,25 @@ seed alone decides. Read next: `shard.py`, where a row comes from.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
 
 from vita_jax.batch import Batch
 from vita_jax.config import DataConfig
 from vita_jax.data.processor import Processor
-from vita_jax.data.shard import Reader, Shard
+from vita_jax.data.shard import Reader, Shard, one_pass
 from vita_jax.data.sources import open_source
+
+log = logging.getLogger(__name__)
 
 OBJECTIVES = ("next_token", "ctc")
 MIN_SEEN = 100  # samples after which a share of bad ones means something
@@ -33,7 +36,8 @@ class Loader:
     The stream of samples is cut into `num_shards` shards, each mixed, shuffled and packed by
     itself, and every row of every batch comes from a shard that depends on nothing but the row and
     the batch's number. Process p of n makes the p-th of n parts of each batch, out of the p-th of
-    n parts of the shards: put one behind the other, the parts are the same batch for any n.
+    n parts of the shards: put one behind the other, the parts are the same batch for any n. (With
+    shards p::n the rows of a batch would change places whenever n does.)
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Loader:
           process_count: a divisor of both `data.batch_size` and `data.num_shards`.
           objective: "next_token", or "ctc": `tokens` are then the words of the replies alone
             (no template, no state token, no end), all of them targets, and segment 1, 2, ... is
-            what the row's first, second, ... clip says.
+            what the row's first, second, ... clip says. With `data.units` they are ids of these.
 
         Raises:
           FileNotFoundError: a source is not there.
@@ -89,7 +93,7 @@ class Loader:
         shards = [self._reader.shard_of_row(self._step, row) for row in self._rows]
         rows = [self._next_row(shard) for shard in shards]
         self._step += 1
-        return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        return self._reader.batch(rows)
 
     @property
     def epoch(self) -> int:
@@ -141,7 +145,7 @@ class Loader:
         self._streams = None
 
     def _next_row(self, shard):
-        """Arrays of the next row of a shard; keeps count of the shard."""
+        """The next row of a shard; keeps count of the shard."""
         self._streams = self._streams or self._start()
         while True:
             made = next(self._streams[self._worker(shard)])
@@ -193,6 +197,51 @@ class Loader:
             if reject and (state is None or reject["draw"] < sum(state["counts"])):
                 kept.append(line)
         self._rejects_path.write_text("".join(kept), "utf-8")
+
+
+def held_out(
+    data: DataConfig,
+    processor: Processor,
+    process_index: int = 0,
+    process_count: int = 1,
+    objective: str = "next_token",
+) -> Iterator[Batch]:
+    """One pass over all samples of the mixture's sources, each once whatever its weight, in the
+    order of the files; the same every time, nothing augmented.
+
+    Row r of the batches takes samples r, r + B, r + 2 B, ... and packs them as in training; a row
+    that has run out is all padding. Bad samples are left out, and one line in the log says so.
+
+    Args:
+      data: what to read, as for `Loader`; shapes are as there. Workers are not used.
+      processor, process_index, process_count, objective: as for `Loader`.
+
+    Returns:
+      iterator over this process's rows of each batch. It ends when these have run out, perhaps
+      before that of another process, but not before the first batch.
+
+    Raises:
+      As `Loader`.
+    """
+    data = dataclasses.replace(data, augment_audio=False, noises=None)
+    _check(data, process_index, process_count, objective)
+    reader = Reader(data, processor, [open_source(name) for name in data.mixture], objective)
+    part = data.batch_size // process_count
+    return _batches(reader, range(process_index * part, (process_index + 1) * part))
+
+
+def _batches(reader, mine):
+    """The batches of `held_out`."""
+    rejects, empty = [], reader.row([])
+    streams = [one_pass(reader, row, reader.data.batch_size, rejects) for row in mine]
+    rows = [next(stream, empty) for stream in streams]
+    while True:
+        yield reader.batch(rows)
+        rows = [next(stream, empty) for stream in streams]
+        if all(row is empty for row in rows):
+            break
+    if rejects:
+        log.warning("%d held-out samples left out; the first: %s", len(rejects), rejects[0])
 
 
 def merge_states(states) -> dict:

@@ -1,8 +1,8 @@
-"""Raw conversations to arrays: a turn to answer or a training sample to an `Example`, to a `Batch`.
+"""Raw conversations to arrays: a turn to answer or a training sample to an `Example`.
 
 Goes in: texts and files. Comes out: token ids with a placeholder for each embedding of each picture
 and clip, the tiles and filter banks for these, and where the targets are.
-Read next: `models/vita.py`.
+Read next: `collate.py`.
 Source: the release's data loader, conversation template and command-line demo.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
+from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN
 from vita_jax.config import VitaConfig
 from vita_jax.data.audio import FRAME_SAMPLES, HOP_SAMPLES, SAMPLE_RATE_HZ, fbank, read_audio
 from vita_jax.data.augment import Augment
@@ -279,81 +279,6 @@ class Processor:
             raise ValueError(f"{name}: {seconds}, too short to hear; give at least 0.1 s")
         banks = fbank(waveform, c.num_mel_bins, dither=0.0 if rng is None else c.dither, rng=rng)
         return banks if augment is None else augment.gaps(banks, rng)
-
-
-def bucket(n: int, smallest: int = 1) -> int:
-    """The least of `smallest` times 1, 2, 3, 4, 6, 8, 12, 16, ... that is not less than `n`.
-
-    Few sizes make few compilations.
-    """
-    size = smallest
-    while size < n:
-        size *= 2
-    middle = size // 4 * 3
-    return middle if n <= middle and size > 2 * smallest else size
-
-
-def collate(
-    examples: Sequence[Example],
-    num_tokens: int | None = None,
-    num_tiles: int | None = None,
-    num_clips: int | None = None,
-    num_frames: int | None = None,
-) -> Batch:
-    """Stacks examples, each padded at its end; the arrays stay NumPy's.
-
-    Args:
-      examples: one or more.
-      num_tokens: padded size T; for this and the next three, None takes a `bucket`.
-      num_tiles: padded size I.
-      num_clips: padded size U.
-      num_frames: padded size A.
-
-    Raises:
-      ValueError: an example is larger than a size given.
-    """
-    lengths = [len(example.tokens) for example in examples]
-    num_tokens = _size("tokens", num_tokens, lengths, 128)
-    batch = Batch(
-        tokens=_pad([example.tokens for example in examples], num_tokens),
-        positions=_pad([np.arange(n, dtype=np.int32) for n in lengths], num_tokens),
-        segment_ids=_pad([np.ones(n, np.int32) for n in lengths], num_tokens),
-        loss_mask=_pad([example.loss_mask for example in examples], num_tokens),
-    )
-    some = next((example.tiles for example in examples if example.tiles is not None), None)
-    if some is not None:
-        tiles = [some[:0] if example.tiles is None else example.tiles for example in examples]
-        num_tiles = _size("tiles", num_tiles, map(len, tiles), 1)
-        masks = [np.ones(len(row), bool) for row in tiles]
-        batch = batch.replace(tiles=_pad(tiles, num_tiles), tile_mask=_pad(masks, num_tiles))
-    clips = [clip for example in examples for clip in example.audio]
-    if clips:
-        counts = [len(example.audio) for example in examples]
-        num_clips = _size("clips", num_clips, counts, 1)
-        num_frames = _size("audio frames", num_frames, map(len, clips), 128)
-        ends = np.cumsum(counts)[:-1]
-        audio = np.split(_pad(clips, num_frames), ends)
-        masks = np.split(_pad([np.ones(len(clip), bool) for clip in clips], num_frames), ends)
-        batch = batch.replace(audio=_pad(audio, num_clips), audio_mask=_pad(masks, num_clips))
-    return batch
-
-
-def _size(what, given, needed, smallest):
-    """The padded size: `given` if the largest of `needed` fits, a bucket if None is given."""
-    largest = max(needed)
-    if given is None:
-        return bucket(largest, smallest)
-    if largest > given:
-        raise ValueError(f"an example has {largest} {what}, the batch takes {given}; raise that")
-    return given
-
-
-def _pad(rows, length):
-    """Stacks arrays [n, ...] to [rows, length, ...] with zeros behind each."""
-    out = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
-    for padded, row in zip(out, rows):
-        padded[: len(row)] = row
-    return out
 
 
 def _place(turn, where):

@@ -8,18 +8,21 @@ Read next: `loader.py`, which makes batches of the rows of many shards.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from vita_jax.batch import Batch
 from vita_jax.data.augment import Augment
 from vita_jax.data.processor import Example, Processor
 from vita_jax.data.prompts import AUDIO, IMAGE, VIDEO
+from vita_jax.data.units import Units, check_head
 
 MAX_SILENT = 16  # bad samples after which a row is over, so that they are reported
-MIX, SHUFFLE, SAMPLE = range(3)  # which random stream
+MIX, SHUFFLE, SAMPLE, HELD_OUT = range(4)  # which random stream
 
 
 class Reader:
@@ -35,6 +38,10 @@ class Reader:
             processor.config, processor.tokenizer, limit, data.video_rate, augment
         )
         self.data, self.sources, self.objective = data, sources, objective
+        self.units = Units.load(data.units) if data.units and objective == "ctc" else None
+        if objective == "ctc":
+            units, name = self.units or processor.tokenizer, data.units or "tokenizer"
+            check_head(units, processor.config.audio.num_units, name)
         self.num_groups = math.gcd(data.batch_size, data.num_shards)
         self.weights = np.cumsum(list(data.mixture.values())) / sum(data.mixture.values())
         media = frozenset().union(*(source.media for source in sources))
@@ -44,10 +51,13 @@ class Reader:
     def identity(self):
         """What the stream of samples depends on; not where they lie."""
         data = dataclasses.asdict(self.data)
-        for key in ("mixture", "noises", "num_workers", "max_reject_share"):
+        for key in ("mixture", "held_out", "noises", "num_workers", "max_reject_share"):
             del data[key]
         weights, sizes = list(self.data.mixture.values()), [len(s) for s in self.sources]
-        return data | {"objective": self.objective, "weights": weights, "sizes": sizes}
+        units = self.units and self.units.checksum
+        return data | {
+            "objective": self.objective, "weights": weights, "sizes": sizes, "units": units
+        }  # fmt: skip
 
     def shard_of_row(self, step, row):
         """Shard that row `row` of batch `step` comes from. The greatest common divisor of rows and
@@ -80,9 +90,8 @@ class Reader:
         whole = len(self.sources[number]) < self.data.num_shards
         return order if whole else shard + order * self.data.num_shards
 
-    def example(self, number, index, shard, draw) -> Example:
+    def example(self, number, index, rng) -> Example:
         """One sample as arrays that fit into a row. ValueError or OSError: a bad sample."""
-        rng = self.random(SAMPLE, shard, draw)
         with self.sources[number].open(index) as sample:
             if rng.random() < self.data.spoken_share:
                 sample = spoken(sample, rng)
@@ -107,6 +116,8 @@ class Reader:
         tokenizer = self.processor.tokenizer
         outside = (*tokenizer.state_ids.values(), tokenizer.eos_id)
         words = example.tokens[(example.loss_mask > 0) & ~np.isin(example.tokens, outside)]
+        if self.units is not None:
+            words = np.asarray(self.units.encode(tokenizer.decode(words)), np.int32)
         if len(example.audio) != 1 or not len(words):
             raise ValueError(f"{len(example.audio)} clips, {len(words)} targets; expected one clip")
         frames = self.processor.config.audio.encoder_frames(len(example.audio[0]))
@@ -116,34 +127,56 @@ class Reader:
             raise ValueError(f"targets need {needed} encoder frames, the clip has {frames}")
         return Example(words, np.ones(len(words), np.float32), None, example.audio)
 
+    def fits(self, examples) -> bool:
+        """Whether there is room for all of them in one row."""
+        return (
+            sum(len(e.tokens) for e in examples) <= self.data.max_tokens
+            and sum(map(_num_tiles, examples)) <= self.data.max_tiles
+            and sum(len(e.audio) for e in examples) <= self.data.max_clips
+        )
+
     def row(self, examples) -> dict[str, np.ndarray]:
-        """The fields of `Batch` for one row of examples, padded."""
-        c, lengths = self.data, [len(example.tokens) for example in examples]
-        whole = not c.isolate and self.objective != "ctc"
+        """The fields of `Batch` for one row of examples, perhaps of none, not padded yet."""
+        lengths = [len(example.tokens) for example in examples]
+        whole = not self.data.isolate and self.objective != "ctc"
         spans = [sum(lengths)] if whole else lengths  # the release lets packed samples see others
+        config = self.processor.config
         out = {
-            "tokens": _padded([e.tokens for e in examples], c.max_tokens),
-            "positions": _padded([np.arange(n, dtype=np.int32) for n in spans], c.max_tokens),
-            "segment_ids": _padded(
-                [np.full(n, i, np.int32) for i, n in enumerate(spans, 1)], c.max_tokens
-            ),
-            "loss_mask": _padded([e.loss_mask for e in examples], c.max_tokens),
+            "tokens": _joined([e.tokens for e in examples], np.int32),
+            "positions": _joined([np.arange(n) for n in spans], np.int32),
+            "segment_ids": _joined([np.full(n, i) for i, n in enumerate(spans, 1)], np.int32),
+            "loss_mask": _joined([e.loss_mask for e in examples], np.float32),
         }
         if self.has_tiles:
-            px = self.processor.config.vision.tile_px
-            tiles = [np.zeros((0, px, px, 3), np.float32)]
-            tiles += [e.tiles for e in examples if e.tiles is not None]
-            out["tiles"] = _padded(tiles, c.max_tiles)
-            out["tile_mask"] = np.arange(c.max_tiles) < sum(map(len, tiles))
+            px = config.vision.tile_px
+            tiles = [e.tiles for e in examples if e.tiles is not None]
+            out["tiles"] = _joined(tiles, np.float32, px, px, 3)
+            out["tile_mask"] = np.ones(len(out["tiles"]), bool)
         if self.has_audio:
-            frames, bins = c.max_audio_frames, self.processor.config.audio.num_mel_bins
-            clips = [_padded([clip], frames)[None] for e in examples for clip in e.audio]
-            sizes = np.zeros(c.max_clips, int)
-            sizes[: len(clips)] = [len(clip) for e in examples for clip in e.audio]
-            empty = np.zeros((0, frames, bins), np.float32)
-            out["audio"] = _padded([empty, *clips], c.max_clips)
-            out["audio_mask"] = np.arange(frames) < sizes[:, None]
+            clips = [clip for example in examples for clip in example.audio]
+            frames = np.array([len(clip) for clip in clips], int)
+            mask = np.arange(frames.max(initial=0)) < frames[:, None]
+            audio = np.zeros((*mask.shape, config.audio.num_mel_bins), np.float32)
+            for at, clip in enumerate(clips):
+                audio[at, : len(clip)] = clip
+            out |= {"audio": audio, "audio_mask": mask}
         return out
+
+    def batch(self, rows) -> Batch:
+        """A batch of rows as `row` makes them, padded to the limits."""
+        c, px = self.data, self.processor.config.vision.tile_px
+        shapes = {
+            "tiles": (c.max_tiles, px, px, 3),
+            "tile_mask": (c.max_tiles,),
+            "audio": (c.max_clips, c.max_audio_frames, self.processor.config.audio.num_mel_bins),
+            "audio_mask": (c.max_clips, c.max_audio_frames),
+        }
+        out = {}
+        for name, first in rows[0].items():
+            out[name] = np.zeros((len(rows), *shapes.get(name, (c.max_tokens,))), first.dtype)
+            for place, row in zip(out[name], rows):
+                place[tuple(map(slice, row[name].shape))] = row[name]
+        return Batch(**out)
 
 
 class Shard:
@@ -163,7 +196,7 @@ class Shard:
             if self.left is None:
                 continue
             number, example = self.left
-            if not self._fits([*examples, example]):
+            if not self.reader.fits([*examples, example]):
                 break
             examples.append(example)
             self.counts[number] += 1
@@ -181,7 +214,8 @@ class Shard:
             self.order[number] = epoch, self.reader.shuffled(number, self.shard, epoch)
         index = int(self.order[number][1][at])
         try:
-            return number, self.reader.example(number, index, self.shard, draw)
+            rng = self.reader.random(SAMPLE, self.shard, draw)
+            return number, self.reader.example(number, index, rng)
         except (ValueError, OSError) as error:
             source = self.reader.sources[number].name
             place = {"source": source, "index": index, "shard": self.shard, "draw": draw}
@@ -190,13 +224,30 @@ class Shard:
             self.num_rejects += 1
             return None
 
-    def _fits(self, examples):
-        data = self.reader.data
-        return (
-            sum(len(e.tokens) for e in examples) <= data.max_tokens
-            and sum(map(_num_tiles, examples)) <= data.max_tiles
-            and sum(len(e.audio) for e in examples) <= data.max_clips
-        )
+
+def one_pass(reader: Reader, start: int, step: int, rejects: list[str]) -> Iterator[dict]:
+    """Rows of every `step`-th sample of all sources, one source behind the other, once each.
+
+    Args:
+      reader: of the sources.
+      start: the first sample.
+      step: from one sample to the next.
+      rejects: gets the reason for each bad sample, which is left out.
+    """
+    samples = ((k, i) for k, source in enumerate(reader.sources) for i in range(len(source)))
+    row = []
+    for number, index in itertools.islice(samples, start, None, step):
+        try:
+            example = reader.example(number, index, reader.random(HELD_OUT, number, index))
+        except (ValueError, OSError) as error:
+            rejects.append(f"{reader.sources[number].name}, sample {index}: {error}")
+            continue
+        if not reader.fits([*row, example]):
+            yield reader.row(row)
+            row = []
+        row.append(example)
+    if row:
+        yield reader.row(row)
 
 
 def spoken(sample: Mapping, rng: np.random.Generator) -> Mapping:
@@ -225,10 +276,6 @@ def _num_tiles(example):
     return 0 if example.tiles is None else len(example.tiles)
 
 
-def _padded(pieces, size):
-    """Arrays [n, ...] one behind the other, zeros behind them up to [size, ...]."""
-    out, at = np.zeros((size, *pieces[0].shape[1:]), pieces[0].dtype), 0
-    for piece in pieces:
-        out[at : at + len(piece)] = piece
-        at += len(piece)
-    return out
+def _joined(pieces, dtype, *shape):
+    """Arrays [n, *shape] one behind the other; there may be none."""
+    return np.concatenate([np.zeros((0, *shape), dtype), *pieces], dtype=dtype)

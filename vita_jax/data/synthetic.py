@@ -6,6 +6,8 @@ and sounds are arrays, and a `Loader` of them for `--tiny` runs and tests. Read 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 import PIL.Image
@@ -14,9 +16,11 @@ import PIL.ImageDraw
 from vita_jax.batch import Batch
 from vita_jax.config import DataConfig
 from vita_jax.data.audio import SAMPLE_RATE_HZ
-from vita_jax.data.processor import Example, Processor, collate
+from vita_jax.data.collate import collate
+from vita_jax.data.processor import Example, Processor
 
 PREFIX = "synthetic:"
+HELD_OUT = 1_000_003  # added to the seed for samples to validate with
 COLOURS = {"red": "#d03030", "green": "#30a040", "blue": "#3050d0", "yellow": "#e0c030"}
 SHAPES = ("square", "disc", "triangle")
 NOTES_HZ = {"do": 262, "re": 294, "mi": 330, "fa": 349, "sol": 392, "la": 440, "si": 494}
@@ -68,21 +72,8 @@ class Loader:
         self.data, self.num_rejects = data, 0
         num_rows = data.batch_size // process_count
         self._rows = slice(process_index * num_rows, (process_index + 1) * num_rows)
-        weights = np.array(list(data.mixture.values())) / sum(data.mixture.values())
         total = max(num_samples // data.batch_size, 1) * data.batch_size
-        counts = np.diff(np.round(np.cumsum([0, *weights]) * total).astype(int))
-        self._examples = [
-            processor.sample(sample)
-            for (source, number) in zip(data.mixture, counts)
-            for sample in samples(source.removeprefix(PREFIX), number, data.seed)
-        ]
-        if objective == "ctc":
-            self._examples = [_transcript(e, processor.tokenizer) for e in self._examples]
-        # With a sample of each kind in it, every batch has the same arrays.
-        self._fullest = [
-            max(self._examples, key=lambda example: example.tiles is not None),
-            max(self._examples, key=lambda example: len(example.audio)),
-        ]
+        self._examples = _examples(data, processor, objective, total, data.seed)
         self._step = 0
 
     def __iter__(self):
@@ -94,14 +85,7 @@ class Loader:
         order = np.random.default_rng([data.seed, epoch]).permutation(len(self._examples))
         rows = [self._examples[i] for i in order[start : start + size]][self._rows]
         self._step += 1
-        batch = collate(
-            [*rows, *self._fullest],
-            data.max_tokens,
-            data.max_tiles,
-            data.max_clips,
-            data.max_audio_frames,
-        )
-        return jax.tree.map(lambda x: x[: len(rows)], batch)
+        return _batch(rows, self._examples, data)
 
     @property
     def epoch(self) -> int:
@@ -118,6 +102,59 @@ class Loader:
     def restore(self, state: dict) -> None:
         """Goes on where `state` was taken."""
         self._step = state["step"]
+
+
+def held_out(
+    data: DataConfig,
+    processor: Processor,
+    process_index: int = 0,
+    process_count: int = 1,
+    objective: str = "next_token",
+    num_samples: int = 32,
+) -> Iterator[Batch]:
+    """One pass over samples of another seed than a `Loader` of the same `data` takes, one a row.
+
+    Row r takes samples r, r + B, ...; rows that have run out are all padding. Arguments are as for
+    `Loader`; `num_samples` is exact. Every process gives as many batches.
+    """
+    size, num_rows = data.batch_size, data.batch_size // process_count
+    mine = slice(process_index * num_rows, (process_index + 1) * num_rows)
+    examples = _examples(data, processor, objective, num_samples, data.seed + HELD_OUT)
+    nothing = Example(np.zeros(0, np.int32), np.zeros(0, np.float32), None, ())
+    for start in range(0, num_samples, size):
+        rows = examples[start : start + size]
+        rows += [nothing] * (size - len(rows))
+        yield _batch(rows[mine], examples, data)
+
+
+def _examples(data, processor, objective, number, seed):
+    """`number` examples, of each kind by its weight in the mixture."""
+    weights = np.array(list(data.mixture.values())) / sum(data.mixture.values())
+    counts = np.diff(np.round(np.cumsum([0, *weights]) * number).astype(int))
+    examples = [
+        processor.sample(sample)
+        for (source, number) in zip(data.mixture, counts)
+        for sample in samples(source.removeprefix(PREFIX), number, seed)
+    ]
+    if objective == "ctc":
+        examples = [_transcript(example, processor.tokenizer) for example in examples]
+    return examples
+
+
+def _batch(rows, examples, data):
+    """A batch of some of `examples`. With one of each kind in it, all have the same arrays."""
+    fullest = [
+        max(examples, key=lambda example: example.tiles is not None),
+        max(examples, key=lambda example: len(example.audio)),
+    ]
+    batch = collate(
+        [*rows, *fullest],
+        data.max_tokens,
+        data.max_tiles,
+        data.max_clips,
+        data.max_audio_frames,
+    )
+    return jax.tree.map(lambda x: x[: len(rows)], batch)
 
 
 def _transcript(example, tokenizer):
@@ -144,11 +181,16 @@ def _shape(rng):
 
 
 def _tones(rng):
-    """Two notes of 0.4 s and a little noise: ((samples, rate in Hz), their names)."""
+    """Two struck notes of 0.4 s and a little noise: ((samples, rate in Hz), their names).
+
+    They die away because the audio encoder sees no more of time than changes: the frames of an even
+    tone are all alike to it, so it could not spell a name over them.
+    """
     names = rng.choice(list(NOTES_HZ), 2)
     seconds = np.arange(int(0.4 * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
-    waves = [0.3 * np.sin(2 * np.pi * NOTES_HZ[name] * seconds) for name in names]
-    wave = np.concatenate(waves) + 0.01 * rng.standard_normal(2 * len(seconds))
+    loudness = 0.5 * np.exp(-8 * seconds)
+    waves = [loudness * np.sin(2 * np.pi * NOTES_HZ[name] * seconds) for name in names]
+    wave = np.concatenate(waves) + 0.001 * rng.standard_normal(2 * len(seconds))
     return (wave.astype(np.float32), SAMPLE_RATE_HZ), " ".join(names)
 
 

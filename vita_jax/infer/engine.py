@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from vita_jax import checkpoint
-from vita_jax.data.processor import Processor, Turn, bucket, collate
+from vita_jax.data.collate import bucket, collate
+from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.prompts import PAD, START, STATES
 from vita_jax.data.tokenizer import StreamDecoder, Tokenizer
 from vita_jax.infer.decode import embed_prompt, next_text, start_text

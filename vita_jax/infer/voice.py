@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.config import VitaConfig
-from vita_jax.data.processor import bucket
+from vita_jax.data.collate import bucket
 from vita_jax.data.prompts import END, PAD, START, STATES
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.infer.chunks import ChunkedSynthesis

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from vita_jax import params as trees
 from vita_jax import tables
+from vita_jax.models.llm import Llm
 from vita_jax.models.vita import draw
 
 
@@ -44,6 +45,40 @@ def recorded_params(tensors, rules, shapes, prefix="w."):
     }
     flat = tables.to_params(published, tables.assign(rules, shapes))
     return jax.tree.map(jnp.asarray, trees.unflatten(flat))
+
+
+def qwen2(config):
+    """Qwen2 of transformers with random weights, the same as our parameters, and their slots."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.embed_dim,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+    weights = {"w." + name: value.numpy() for name, value in model.state_dict().items()}
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    touch = lambda llm: llm(llm.embed(tokens), tokens, None)  # noqa: E731
+    shapes = shapes_of(Llm(config), method=touch)
+    return (
+        model,
+        recorded_params(weights, tables.LLM, shapes),
+        tables.assign(tables.LLM, shapes),
+    )
 
 
 def assert_close(actual, expected, bound=1e-4):

@@ -1,11 +1,9 @@
 """vita_jax/models/llm.py against a live peer: Qwen2 of transformers, random weights."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import assert_close, recorded_params, run, shapes_of
+from parity import assert_close, qwen2, run
 
-from vita_jax import tables
 from vita_jax.config import LlmConfig
 from vita_jax.models.llm import Llm, init_llm_cache
 
@@ -29,31 +27,8 @@ def from_tokens(model, tokens, *rest):
 @pytest.fixture(scope="module")
 def peer():
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    c = CONFIG
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.embed_dim,
-            intermediate_size=c.mlp_dim,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            max_position_embeddings=c.max_positions,
-            rms_norm_eps=c.norm_eps,
-            rope_theta=c.rope_theta,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
-            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
-    weights = {"w." + name: value.detach().numpy() for name, value in model.state_dict().items()}
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = shapes_of(Llm(c), tokens, tokens, None, None, method=from_tokens)
-    params = recorded_params(weights, tables.LLM, shapes)
+    model, params, _ = qwen2(CONFIG)
 
     def logits(tokens, mask, positions):
         with torch.no_grad():

@@ -7,16 +7,26 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from parity import assert_close, recorded_params, run
 
 from vita_jax import params as trees
 from vita_jax import sharding, tables
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
-from vita_jax.config import AudioConfig, LlmConfig, VisionConfig, VitaConfig, vita_tiny
+from vita_jax.config import (
+    AudioConfig,
+    DataConfig,
+    LlmConfig,
+    OptimConfig,
+    TrainConfig,
+    VisionConfig,
+    VitaConfig,
+    vita_tiny,
+)
+from vita_jax.models.attention import conversation_mask
 from vita_jax.models.llm import init_llm_cache
-from vita_jax.models.vita import Vita, boxed_shapes, conversation_mask, init_params, param_shapes
+from vita_jax.models.vita import Vita, boxed_shapes, init_params, param_shapes
+from vita_jax.objectives import read_loss
 
 RULES = (
     tables.below(tables.VISION, "model.vision_tower.vision_tower.", "vision/")
@@ -212,21 +222,53 @@ def test_audio_embeddings(recording):
     assert found == int(batch.audio_mask.any(axis=-1).sum())
 
 
-def mean_loss(config, params, batch, labels):
-    logits = Vita(config).apply({"params": params}, batch)
-    labels = jnp.asarray(labels)[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.maximum(labels, 0))
-    return (losses * (labels >= 0)).sum() / (labels >= 0).sum(), logits
+@pytest.mark.golden
+def test_logits(recording):
+    tensors, _, config, params, batch, *_ = recording
+    real = tensors["out.attention_mask"].astype(bool)
+    logits = run(Vita(config), params, batch)
+    assert_close(np.asarray(logits)[real], tensors["out.logits"][real])
+
+
+def packed(batch):
+    """The batch's rows as one."""
+    real, clips = batch.segment_ids > 0, batch.audio_mask.any(axis=-1)
+    rows = jnp.arange(1, len(real) + 1)[:, None]
+    return Batch(
+        tokens=batch.tokens[real][None],
+        positions=batch.positions[real][None],
+        segment_ids=(rows * batch.segment_ids)[real][None],
+        loss_mask=batch.loss_mask[real][None],
+        tiles=batch.tiles[batch.tile_mask][None],
+        tile_mask=batch.tile_mask[batch.tile_mask][None],
+        audio=batch.audio[clips][None],
+        audio_mask=batch.audio_mask[clips][None],
+    )
 
 
 @pytest.mark.golden
-def test_logits_loss_and_gradients(recording):
+@pytest.mark.parametrize("in_one_row", [False, True])
+def test_loss_and_gradients_of_the_loop(recording, in_one_row):
     tensors, _, config, params, batch, labels, slots = recording
-    real = tensors["out.attention_mask"].astype(bool)
-    loss = jax.jit(jax.value_and_grad(lambda p: mean_loss(config, p, batch, labels), has_aux=True))
-    (value, logits), gradients = loss(params)
-    assert_close(np.asarray(logits)[real], tensors["out.logits"][real])
-    assert_close(value[None], tensors["out.loss"])
+    np.testing.assert_array_equal(batch.tokens[labels >= 0], labels[labels >= 0])
+    batch = packed(batch) if in_one_row else batch
+    stage = TrainConfig(
+        model=config,
+        trainable=(".*",),
+        data=DataConfig(mixture={}, batch_size=1, max_tokens=1),
+        optim=OptimConfig(learning_rate=0.0),
+        num_steps=1,
+        loss_chunk=7,
+    )
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        nats, sums = read_loss(stage, Vita(config), params, {}, batch)
+        return nats / sums["targets"]
+
+    value, gradients = loss(params)
+    assert_close(value[None], tensors["out.loss"], 1e-5)
     published = tables.to_published(trees.flatten(jax.tree.map(np.asarray, gradients)), slots)
     names = [name.removeprefix("out.grad.") for name in tensors if name.startswith("out.grad.")]
     assert names

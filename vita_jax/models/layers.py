@@ -1,5 +1,5 @@
-"""What the transformers share: parameters with named axes, norms, rotary positions, attention, the
-KV cache.
+"""What the transformers share: parameters with named axes, norms, rotary positions, blocks, the KV
+cache.
 
 Goes in and comes out: activations dtype[B, T, D]. Norms and softmax work in float32 whatever the
 dtype. Read next: `llm.py`.
@@ -14,8 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vita_jax.models.attention import attention
+
 ACTIVATIONS = ("batch", "seq", "act_embed")
-MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
 
 
 @flax.struct.dataclass
@@ -94,26 +95,6 @@ def rotary(x, positions, theta: float):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, mask):
-    """Scaled dot-product attention, several query heads to a key head.
-
-    Args:
-      q: dtype[B, T, N, H].
-      k, v: dtype[B, S, K, H], K divides N.
-      mask: bool[B, 1, T, S] True where attention is allowed, or None for everywhere.
-
-    Returns:
-      dtype[B, T, N, H].
-    """
-    b, t, n, h = q.shape
-    q = q.reshape(b, t, k.shape[2], -1, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * h**-0.5
-    if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v).reshape(b, t, n, h)
-
-
 @flax.struct.dataclass
 class Cache:
     """Keys and values of what came before.
@@ -163,12 +144,17 @@ def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cach
 
 def stack(block, config, num_layers: int, name: str):
     """`block` repeated: parameters get a leading layer axis, compile time does not grow with depth.
+    `config.remat` says what is kept of a layer for the backward pass.
 
     The result is called as `(x, cache), _ = stacked((x, cache), jnp.arange(num_layers),
     *same_for_all_layers)`; `block.__call__((x, cache), layer, *args)` returns `((x, cache), None)`.
     """
+    if config.remat != "none":
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = {"full": None, "dots": keep}[config.remat]
+        block = nn.remat(block, prevent_cse=False, policy=policy)
     return nn.scan(
-        nn.remat(block, prevent_cse=False),
+        block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
@@ -193,7 +179,7 @@ class GatedAttention(nn.Module):
         Args:
           x: dtype[B, T, D].
           positions: int32[B, T].
-          mask: bool[B, 1, T, S] or None.
+          mask: bool[B, 1, T, S], Segments or None.
           cache: Cache of S slots, or None (then S = T).
           layer: int32[] index into the cache.
 

@@ -34,6 +34,11 @@ class Llm(nn.Module):
         self.head = weight(self, "head", (c.embed_dim, c.vocab_size), ("embed", "vocab"))
         self.blocks = stack(GatedBlock, c, c.num_layers, "blocks")
         self.norm = RMSNorm(c.norm_eps)
+        if c.num_states:
+            self.state_head = weight(
+                self, "state_head", (c.embed_dim, c.num_states), ("embed", None)
+            )
+            self.state_bias = bias(self, "state_bias", (c.num_states,), (None,))
 
     def embed(self, tokens):
         """dtype[B, T, D] rows of the input table for int32[B, T] tokens; placeholders (below 0) get
@@ -49,6 +54,7 @@ class Llm(nn.Module):
           embeddings: dtype[B, T, D].
           positions: int32[B, T].
           mask: bool[B, 1, T, S] True where attention is allowed; S is T, or the cache's slots.
+            Or Segments, without a cache.
           cache: Cache or None.
 
         Returns:
@@ -65,6 +71,14 @@ class Llm(nn.Module):
         return jnp.matmul(
             hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
+
+    def state_logits(self, hidden):
+        """float32[..., 3] from dtype[..., D]: query, noise, text; at the end of a prompt, what the
+        reply answers. Source: VITA-1.5 paper, stage 2.2.
+        """
+        kernel = self.state_head.astype(hidden.dtype)
+        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return logits + self.state_bias.astype(jnp.float32)
 
 
 def init_llm_cache(config: LlmConfig, batch_size: int, num_slots: int) -> Cache:

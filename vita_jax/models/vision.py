@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.config import VisionConfig
-from vita_jax.models.layers import ACTIVATIONS, LayerNorm, attention, bias, stack, weight
+from vita_jax.models.attention import attention
+from vita_jax.models.layers import ACTIVATIONS, LayerNorm, bias, stack, weight
 
 
 class Vision(nn.Module):

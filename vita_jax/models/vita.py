@@ -17,6 +17,7 @@ import numpy as np
 from vita_jax import params as trees
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
 from vita_jax.config import VitaConfig
+from vita_jax.models.attention import Segments
 from vita_jax.models.audio import Audio
 from vita_jax.models.codec import Codec
 from vita_jax.models.llm import Llm
@@ -45,12 +46,16 @@ class Vita(nn.Module):
 
     def hidden_states(self, batch: Batch):
         """dtype[B, T, D] after the LLM's final norm."""
-        mask = conversation_mask(batch.segment_ids)
+        mask = Segments(batch.segment_ids)
         return self.llm(self.embed(batch), batch.positions, mask)[0]
 
     def logits(self, hidden):
         """float32[..., V] from dtype[..., D]."""
         return self.llm.logits(hidden)
+
+    def state_logits(self, hidden):
+        """float32[..., 3] from dtype[..., D], of a model with `llm.num_states`."""
+        return self.llm.state_logits(hidden)
 
     def embed(self, batch: Batch):
         """dtype[B, T, D]: text embeddings, those of tiles and clips written over their
@@ -131,13 +136,6 @@ def merge_embeddings(text, tokens, tiles, clips, clip_counts):
         index = jnp.clip(clip * clips.shape[2] + index - start, 0, rows.shape[1] - 1)
         text = jnp.where(at[..., None], jnp.take_along_axis(rows, index[..., None], axis=1), text)
     return text
-
-
-def conversation_mask(segment_ids):
-    """bool[B, 1, T, T]: each token sees itself and what came before in its own conversation."""
-    t = segment_ids.shape[1]
-    same = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, None] > 0)
-    return (same & jnp.tril(jnp.ones((t, t), bool)))[:, None]
 
 
 def boxed_shapes(config: VitaConfig):

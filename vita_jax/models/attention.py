@@ -1,0 +1,120 @@
+"""Attention, in one place: over a dense mask everywhere, or over packed rows in pieces on a TPU.
+
+Goes in: queries, keys and values dtype[B, T, N, H], and who may see whom. Read next: `layers.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vita_jax.sharding import on_shards
+
+MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
+BLOCK = 512  # tokens of a row that the TPU's kernel works on at a time
+
+
+@flax.struct.dataclass
+class Segments:
+    """A mask that is never written out for a whole row on a TPU: each token sees itself and what
+    came before in its own conversation.
+
+    Attributes:
+      ids: int32[B, T] 1, 2, ... for the conversations packed in a row, 0 is padding. What comes out
+        for padding has no meaning.
+    """
+
+    ids: jax.Array
+
+
+def attention(q, k, v, mask):
+    """Scaled dot-product attention, several query heads to a key head.
+
+    Args:
+      q: dtype[B, T, N, H].
+      k, v: dtype[B, S, K, H], K divides N.
+      mask: bool[B, 1, T, S] True where attention is allowed, Segments (then S = T), or None for
+        everywhere.
+
+    Returns:
+      dtype[B, T, N, H].
+    """
+    if not isinstance(mask, Segments):
+        return _dense(q, k, v, mask)
+    return jax.lax.platform_dependent(
+        *(q, k, v, mask.ids),
+        tpu=splash,  # decided when the program is lowered, so a TPU that is not there will do
+        default=lambda q, k, v, ids: _dense(q, k, v, conversation_mask(ids)),
+    )
+
+
+def conversation_mask(segment_ids):
+    """bool[B, 1, T, T]: the mask that `Segments` stands for, with nothing to see for padding."""
+    t = segment_ids.shape[1]
+    same = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, None] > 0)
+    return (same & jnp.tril(jnp.ones((t, t), bool)))[:, None]
+
+
+def _dense(q, k, v, mask):
+    """Attention by XLA: all scores of a layer are in memory at once."""
+    b, t, n, h = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, MASKED)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v).reshape(b, t, n, h)
+
+
+def splash(q, k, v, segment_ids, interpret: bool = False):
+    """Attention within `Segments` by JAX's "splash" kernel for TPUs: scores exist block by block,
+    and blocks that no token may see are left out.
+
+    Args:
+      q: dtype[B, T, N, H].
+      k, v: dtype[B, T, K, H], K divides N.
+      segment_ids: int32[B, T], 0 is padding.
+      interpret: runs the kernel step by step on any device, for tests.
+
+    Returns:
+      dtype[B, T, N, H]. Source: arXiv 2205.14135 (flash attention).
+    """
+    b, t, n, h = q.shape
+    block = min(BLOCK, t + -t % 128)  # the kernel's lanes
+    q = (q * h**-0.5).reshape(b, t, k.shape[2], -1, h)  # the kernel does not scale
+    q, k, v, ids = (
+        jnp.pad(x, ((0, 0), (0, -t % block)) + ((0, 0),) * (x.ndim - 2))
+        for x in (q, k, v, segment_ids)
+    )
+    heads = ("batch", "seq", "kv_heads", "head_dim")
+    axes = (("batch", "seq", "kv_heads", None, "head_dim"), heads, heads, ("batch", "seq"))
+    run = functools.partial(_splash_shard, block=block, interpret=interpret)
+    y = on_shards(run, axes)(q, k, v, ids)
+    return y[:, :t].reshape(b, t, n, h)
+
+
+def _splash_shard(q, k, v, segment_ids, block, interpret):
+    """dtype[B, T, K, G, H] from the arrays of one device, padded to blocks."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha,
+    )
+
+    b, t, kv_heads, group, h = q.shape
+    blocks = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
+    kernel = make_splash_mha(
+        MultiHeadMask([CausalMask((t, t))] * (kv_heads * group)),
+        block_sizes=BlockSizes(**{f"block_{name}": block for name in blocks.split()}),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    q, k, v = (x.reshape(b, t, -1, h).swapaxes(1, 2) for x in (q, k, v))
+    y = jax.vmap(kernel)(q, k, v, SegmentIds(segment_ids, segment_ids))
+    return y.swapaxes(1, 2).reshape(b, t, kv_heads, group, h)

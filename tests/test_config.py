@@ -49,6 +49,7 @@ def test_overrides_are_words():
         ("llm.num_layers=2.5", "expected int"),
         ("llm.qkv_bias=1", "expected bool"),
         ("llm.num_kv_heads=3", "must be a multiple"),
+        ("llm.num_states=2", "llm.num_states=2: expected 0 or 3"),
         ("max_tokens=40000", "exceeds llm.max_positions"),
         ("vision.out_dim=32", "must equal"),
         ("vision.tile_px=35", "even number of patches"),

@@ -1,20 +1,40 @@
-"""vita_jax/losses.py: next tokens in pieces and whole, targets of packed rows, CTC."""
+"""vita_jax/losses.py: next tokens in pieces and whole, targets of packed rows, CTC, state head;
+and the loop's losses on batches of the loader.
+"""
 
+import functools
 import itertools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import soundfile
+from parity import assert_close, qwen2
 
+import vita_jax
+from vita_jax import feed, objectives, tables
+from vita_jax import params as trees
+from vita_jax.config import load_config, override
+from vita_jax.data import prompts, synthetic
 from vita_jax.losses import (
+    STATE_WEIGHTS,
     ctc_loss,
     ctc_read,
     ctc_targets,
+    edit_distance,
     next_token_loss,
     next_token_targets,
+    of_conversations,
+    state_loss,
+    state_targets,
 )
+from vita_jax.models.vita import Vita, init_params
+
+ROOT = pathlib.Path(vita_jax.__file__).parents[1]
 
 B, T, D, V = 3, 13, 8, 50
 
@@ -36,27 +56,25 @@ def test_pieces_add_up_to_the_plain_loss(chunk):
         return (nats * weights).sum()
 
     def ours(hidden, head):
-        return next_token_loss(hidden, lambda x: x @ head, targets, weights, chunk)[0]
+        return (next_token_loss(hidden, lambda x: x @ head, targets, chunk)[0] * weights).sum()
 
     expected, grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
     found, our_grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for a, b in zip(our_grads, grads):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    right = next_token_loss(hidden, lambda x: x @ head, targets, weights, chunk)[1]
-    assert right == (((hidden @ head).argmax(axis=-1) == targets) * weights).sum()
+    right = next_token_loss(hidden, lambda x: x @ head, targets, chunk)[1]
+    np.testing.assert_array_equal(right, (hidden @ head).argmax(axis=-1) == targets)
 
 
 def test_whole_logits_are_never_in_memory():
-    _, head, targets, weights = arrays()
     long, wide = 4096, 2048
     shape = jax.ShapeDtypeStruct((1, long, D), jnp.float32)
     row = jax.ShapeDtypeStruct((1, long), jnp.int32)
 
     def memory(chunk):
         def loss(hidden, head, targets):
-            ones = jnp.ones(targets.shape)
-            return next_token_loss(hidden, lambda x: x @ head, targets, ones, chunk)[0]
+            return next_token_loss(hidden, lambda x: x @ head, targets, chunk)[0].sum()
 
         wide_head = jax.ShapeDtypeStruct((D, wide), jnp.float32)
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(shape, wide_head, row).compile()
@@ -149,9 +167,196 @@ def test_next_token_loss_equals_torch():
     peer.backward()
 
     def ours(hidden):
-        nats, _ = next_token_loss(hidden, lambda x: x @ head, targets, weights, 5)
-        return nats / weights.sum()
+        nats, _ = next_token_loss(hidden, lambda x: x @ head, targets, 5)
+        return (nats * weights).sum() / weights.sum()
 
     loss, grad = jax.value_and_grad(ours)(hidden)
     np.testing.assert_allclose(loss, peer.item(), rtol=1e-5)
     np.testing.assert_allclose(grad, x.grad, atol=1e-5)
+
+
+def test_of_conversations():
+    segments = np.array([[1, 1, 2, 2, 3, 0], [1, 0, 0, 0, 0, 0]])
+    flags = np.array([[0, 1, 0, 0, 1, 1], [0, 1, 1, 1, 1, 1]], bool)
+    found = of_conversations(flags, segments)
+    np.testing.assert_array_equal(found, [[1, 0, 1, 0, 0, 0], [0] * 6])
+
+
+def slow_distance(a, b):
+    """By the recursion as it is written in books."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+def test_edit_distance():
+    rng = np.random.default_rng(5)
+    found, expected = np.zeros((60, 9), int), np.zeros((60, 7), int)
+    for row in range(60):
+        for array in (found, expected):
+            length = rng.integers(0, array.shape[1] + 1)
+            array[row, :length] = rng.integers(1, 4, length)
+    by_hand = [slow_distance(a[a > 0], b[b > 0]) for a, b in zip(found, expected)]
+    np.testing.assert_array_equal(edit_distance(found, expected), by_hand)
+    assert len(set(by_hand)) > 5
+
+
+STATE_IDS = (7, 8, 9)
+
+
+def state_batch():
+    """Two rows; where replies start and what they answer, written down by hand."""
+    tokens = np.random.default_rng(2).integers(20, 40, (2, 12))
+    segments = np.array([[1] * 12, [1] * 6 + [2] * 5 + [0]])
+    mask = np.zeros((2, 12), np.float32)
+    tokens[0, 3], mask[0, 3:6] = 7, 1
+    tokens[0, 8], mask[0, 8:11] = 8, 1
+    tokens[1, 2], mask[1, 2:5] = 9, 1
+    tokens[1, 4] = 8  # within a reply
+    tokens[1, 6], mask[1, 6:8] = 8, 1  # no one predicts it: it starts a conversation
+    mask[1, 9:11] = 1  # a reply without a state token
+    return (tokens, segments, mask), ([0, 0, 1], [2, 7, 1]), [0, 1, 2]
+
+
+@pytest.mark.peer
+def test_state_loss_equals_torch():
+    import torch
+
+    arrays, at, classes = state_batch()
+    logits = np.random.default_rng(3).standard_normal((2, 12, 3)).astype(np.float32)
+    x = torch.tensor(logits, requires_grad=True)
+    peer = torch.nn.CrossEntropyLoss(weight=torch.tensor(STATE_WEIGHTS))(
+        x[at], torch.tensor(classes)
+    )
+    peer.backward()
+
+    targets = state_targets(*arrays, STATE_IDS)
+    number = next_token_targets(*arrays)[1].sum()
+    nats, right, replies = state_loss(logits, targets)
+    np.testing.assert_allclose(nats / number, peer.item(), rtol=1e-5)
+    grad = jax.grad(lambda x: state_loss(x, targets)[0] / number)(logits)
+    np.testing.assert_allclose(grad, x.grad, atol=1e-6)
+    assert (right, replies) == ((logits[at].argmax(-1) == classes).sum(), 3)
+    rows = [state_loss(logits[row : row + 1], targets[row : row + 1]) for row in (0, 1)]
+    np.testing.assert_allclose(np.sum(rows, axis=0), (nats, right, replies), rtol=1e-6)
+
+
+def test_no_reply_no_state_loss():
+    tokens = np.ones((1, 4), int)
+    targets = state_targets(tokens, tokens, 0.0 * tokens, STATE_IDS)
+    assert [float(x) for x in state_loss(np.ones((1, 4, 3)), targets)] == [0, 0, 0]
+
+
+def loader_of(config, folder, samples):
+    """The stage's loader of these samples, written to files."""
+    for sample in samples:
+        for i, (waveform, rate_hz) in enumerate(sample.get("audio", [])):
+            (folder / "audio").mkdir(exist_ok=True)
+            sample["audio"][i] = f"{sample['id']} {i}.wav"
+            soundfile.write(folder / "audio" / sample["audio"][i], waveform, rate_hz)
+    (folder / "samples.json").write_text(json.dumps(samples))
+    words = f'data.mixture={{"{folder}": 1}}', "data.num_shards=1", "data.held_out=[]"
+    config = override(config, words)
+    return config, feed.make_loaders(config, feed.load_tokenizer(config), folder)[0]
+
+
+def labels_of(ids, tokenizer):
+    """What transformers predicts: each reply, found by what stands before it; -100 elsewhere."""
+    opening, labels, inside = tokenizer.encode(prompts.ASSISTANT), [], False
+    for i, token in enumerate(ids):
+        inside = inside or ids[i - len(opening) : i] == opening
+        labels.append(token if inside else -100)
+        inside = inside and token != tokenizer.eos_id
+    return labels
+
+
+@pytest.mark.peer
+def test_loop_loss_of_packed_rows_equals_transformers(tmp_path):
+    import torch
+
+    words = "data.batch_size=2", "data.max_tokens=1700", "loss_chunk=100"
+    stage = load_config(ROOT / "configs" / "stage0_text.py", words, tiny=True)
+    samples = synthetic.samples("text", 9, seed=0)
+    for a, b in zip(samples[:4], samples[4:]):  # some of two turns, and of different lengths
+        a["conversations"] += b["conversations"]
+    samples[5]["end_tag"] = False
+    config, loader = loader_of(stage, tmp_path, samples)
+    batch, tokenizer = next(loader), feed.load_tokenizer(stage)
+    assert batch.segment_ids.max() >= 3
+    talks = [
+        row[segments == k].tolist()
+        for row, segments in zip(batch.tokens, batch.segment_ids)
+        for k in range(1, segments.max() + 1)
+    ]
+    length = max(map(len, talks))
+    padded = lambda rows, value: torch.tensor([r + [value] * (length - len(r)) for r in rows])  # noqa: E731
+    labels = padded([labels_of(ids, tokenizer) for ids in talks], -100)
+    model, params, slots = qwen2(stage.model.llm)
+    peer = model(
+        input_ids=padded(talks, 0),
+        attention_mask=padded([[1] * len(ids) for ids in talks], 0),
+        labels=labels,
+    )
+    peer.loss.backward()
+
+    def loss(params):
+        nats, sums = objectives.read_loss(config, Vita(config.model), params, {}, batch)
+        return nats / sums["targets"], sums["targets"]
+
+    (value, number), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))({"llm": params})
+    assert number == (labels[:, 1:] >= 0).sum().item()
+    np.testing.assert_allclose(value, peer.loss.item(), rtol=1e-5)
+    grads = tables.to_published(trees.flatten(jax.tree.map(np.asarray, grads["llm"])), slots)
+    for name, parameter in model.named_parameters():
+        assert_close(grads[name], parameter.grad, 1e-5)
+
+
+@pytest.mark.peer
+def test_loop_loss_of_clips_equals_torch(tmp_path):
+    import torch
+
+    words = "data.batch_size=2", "data.max_tokens=40", "data.max_clips=3"
+    stage = load_config(ROOT / "configs" / "stage2_1a_speech_encoder.py", words, tiny=True)
+    samples = synthetic.samples("speech", 7, seed=0)
+    said = ["a", "look", "see me", "ooo", "yes, so", "b b", "1 + 1"]
+    for i, (sample, text) in enumerate(zip(samples, said)):
+        sample["conversations"][1]["value"] = text
+        waveform, rate_hz = sample["audio"][0]
+        sample["audio"] = [(waveform[800 * i :], rate_hz)]
+    config, loader = loader_of(stage, tmp_path, samples)
+    batch, tokenizer = next(loader), feed.load_tokenizer(stage)
+    model, params = Vita(config.model), init_params(config.model, 0)
+    params = {"audio": params["audio"]}
+    loss = functools.partial(objectives.hear_loss, config, model, frozen={}, batch=batch)
+    (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    # The peer takes the encoder's frames from us, everything behind them is its own.
+    clips, num_frames = batch.audio.reshape(-1, *batch.audio.shape[2:]), batch.audio_mask.sum(-1)
+    frames = model.apply(
+        {"params": params},
+        clips,
+        num_frames.reshape(-1),
+        method=lambda m, *x: m.audio.encoder(*x)[0],
+    )
+    head, bias = (torch.tensor(params["audio"][k], requires_grad=True) for k in ("ctc", "ctc_bias"))
+    log_p = (torch.tensor(np.asarray(frames)) @ head + bias).log_softmax(-1)
+    total, heard = 0, []
+    for row in range(2):
+        for clip in range(batch.segment_ids[row].max()):
+            words = tokenizer.decode(batch.tokens[row][batch.segment_ids[row] == clip + 1])
+            heard.append(words)
+            units = torch.tensor([[token + 1 for token in tokenizer.encode(words)]])
+            length = config.model.audio.encoder_frames(num_frames[row, clip])
+            total = total + torch.nn.functional.ctc_loss(
+                log_p[3 * row + clip][:length, None], units, [length], [units.shape[1]],
+                reduction="sum",
+            )  # fmt: skip
+    total.backward()
+    assert set(heard) <= set(said) and len(heard) > 3 and not batch.audio_mask.all()
+    assert sums["targets"] == sum(map(len, heard))
+    np.testing.assert_allclose(nats, total.item(), rtol=1e-5)
+    assert_close(grads["audio"]["ctc"], head.grad, 1e-5)
+    assert_close(grads["audio"]["ctc_bias"], bias.grad, 1e-5)

@@ -15,7 +15,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports only what stands to its left; `models` and `data` never import each other.
 ORDER = (
     "config batch sharding params models|data losses optim checkpoint tables release_config "
-    "release infer evaluate train_state train serve plot bench cli __main__"
+    "release flops infer evaluate train_log train_state feed objectives train aot bench serve "
+    "plot cli __main__"
 ).split()
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split("|")}
 

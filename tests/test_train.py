@@ -1,57 +1,27 @@
-"""vita_jax/train.py and train_state.py: every stage file, killed and resumed, on any mesh."""
+"""vita_jax/train.py and what it is made of: every stage file, on any mesh."""
 
 import json
 import os
-import pathlib
-import random
+import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
+import optax
 import pytest
+from runs import ROOT, SMALL, STAGES, lines_of, run, saved, stage, weights
 
 import vita_jax
-from vita_jax import checkpoint, cli, train_state
+from vita_jax import checkpoint, cli, feed, train_state
 from vita_jax import params as trees
 from vita_jax import train as loop
 from vita_jax.config import load_config, to_json
 from vita_jax.data import synthetic
-from vita_jax.models.vita import init_params
+from vita_jax.models.vita import Vita, init_params
 from vita_jax.train import train
-
-ROOT = pathlib.Path(vita_jax.__file__).parents[1]
-STAGES = sorted(path.stem for path in (ROOT / "configs").glob("stage*.py"))
-SMALL = ("mesh=[1,1,1]", "data.batch_size=2", "data.max_tokens=480", "num_steps=4", "save_every=2")
-
-
-def stage(name, *overrides):
-    return load_config(ROOT / "configs" / f"{name}.py", overrides, tiny=True)
-
-
-def run(workdir, *overrides, name="stage0_text"):
-    """Trains; the lines of metrics."""
-    train(stage(name, *SMALL, *overrides), workdir)
-    return lines_of(workdir)
-
-
-def lines_of(workdir):
-    file = workdir / "metrics.jsonl"
-    return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
-
-
-def weights(folder):
-    """{path: array} of a checkpoint folder."""
-    _, files = checkpoint.open_folder(folder)
-    return {
-        f"{part}/{name}": checkpoint.read(file, name)
-        for part, file in files.items()
-        for name in checkpoint.header(file)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +61,9 @@ def test_every_stage_fits_its_model(name):
 def test_metrics_and_files(whole):
     lines = lines_of(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert {"loss", "accuracy", "learning_rate", "tokens_per_s", "data_wait"} <= set(lines[0])
+    assert {"loss", "error", "exact", "tokens_per_s", "mfu", "data_wait", "seconds"} <= set(
+        lines[0]
+    )
     assert json.loads((whole / "config.json").read_text())["num_steps"] == 4
     provenance = json.loads((whole / "model" / "provenance.json").read_text())
     assert provenance["trained"] and provenance["stage"]["trainable"] == ["llm/.*"]
@@ -99,68 +71,85 @@ def test_metrics_and_files(whole):
     assert lines_of(whole) == lines
 
 
+def test_validation_is_the_loss_of_held_out_samples(tmp_path):
+    config = stage("stage0_text", "mesh=[1,1,1]", "num_steps=2", "data.max_tokens=480")
+    train(config, tmp_path)
+    (line,) = lines_of(tmp_path, held_out=True)
+    params = trees.unflatten(weights(tmp_path / "model"))
+    nats, wrong, targets, exact = 0.0, 0, 0, []
+    for sample in synthetic.held_out(
+        config.data, feed.make_processor(config, feed.load_tokenizer(config))
+    ):
+        logits = np.asarray(Vita(config.model).apply({"params": params}, sample)[:, :-1])
+        mask = sample.loss_mask[:, 1:]
+        labels = np.maximum(sample.tokens[:, 1:], 0)
+        losses = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        missed = (logits.argmax(axis=-1) != labels) & (mask > 0)
+        nats, targets = nats + (losses * mask).sum(), targets + mask.sum()
+        wrong, exact = wrong + missed.sum(), [*exact, *~missed.any(axis=1)]
+    assert line["held_out_loss"] == pytest.approx(nats / targets, rel=1e-5)
+    assert line["held_out_error"] == pytest.approx(wrong / targets)
+    assert line["held_out_exact"] == np.mean(exact) and len(exact) == 32
+
+
+def test_the_best_is_kept_and_becomes_the_model(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    losses = iter((3.0, 1.0, np.nan, 2.0))
+    scores = {"error": 0.5, "exact": 0.5, "targets": 9}
+    monkeypatch.setattr(loop, "validate", lambda *_: {"loss": next(losses), **scores})
+    more = ("data.held_out=synthetic:text", "num_steps=8", "validate_every=2", "save_every=3")
+    run(tmp_path, *more, "keep=1")
+    assert sorted(path.name for path in (tmp_path / "saves").glob("[0-9]*")) == ["4", "8"]
+    found = [line["held_out_loss"] for line in lines_of(tmp_path, held_out=True)]
+    assert found == [3.0, 1.0, None, 2.0]
+    assert "step 4 was the best" in caplog.text and caplog.text.count("(best so far)") == 2
+    best, _ = saved(tmp_path, 4)
+    assert weights(tmp_path / "model")["llm/head"].tobytes() in best
+
+
+def test_a_full_disk_is_named_and_the_save_before_used(whole, tmp_path, monkeypatch):
+    save, (_, hard) = train_state.Saves.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self, step, *args):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        save(self, step, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Make room there"):
+        patch.setattr(train_state.Saves, "save", full)
+        try:
+            run(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert not (tmp_path / "model").exists()
+    lines = run(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [x["loss"] for x in lines] == [x["loss"] for x in lines_of(whole)]
+
+
+def test_a_trace_of_some_steps(tmp_path):
+    train(stage("stage0_text", *SMALL), tmp_path, profile=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_remat_changes_nothing_but_memory(whole, tmp_path):
+    for remat in ("dots", "none"):
+        lines = run(tmp_path / remat, f"remat={remat}")
+        for a, b in zip(lines, lines_of(whole), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
 def test_the_model_talks(whole):
     reply = vita_jax.load(whole / "model", dtype="float32").chat("1 + 1 = ?", max_new_tokens=4)
     assert reply.seen.num_text_tokens > 100
 
 
-def saved(workdir, step):
-    """State and loader state of a save, arrays as bytes."""
-    import orbax.checkpoint as ocp
-
-    manager = ocp.CheckpointManager((workdir / "saves").absolute())
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(), loader=ocp.args.JsonRestore())
-    held = manager.restore(step, args=args)
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(held.state)], held.loader
-
-
-def start(workdir, *overrides):
-    """The stage in a process of its own."""
-    command = [sys.executable, "-m", "vita_jax", "train", "configs/stage0_text.py", "--tiny"]
-    command += ["--workdir", str(workdir), *SMALL, *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
-
-
-def wait_for(process, workdir, step):
-    """Waits until a line of `step` is written."""
-    while not any(line["step"] >= step for line in lines_of(workdir)):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-
-
-def test_killed_and_resumed_without_a_trace(tmp_path):
-    overrides = ("num_steps=30", "save_every=4")
-    run(tmp_path / "whole", *overrides)
-    broken = tmp_path / "broken"
-    process = start(broken, *overrides)
-    wait_for(process, broken, random.randint(5, 10))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    process = start(broken, *overrides)
-    wait_for(process, broken, random.randint(13, 18))
-    process.send_signal(signal.SIGTERM)
-    assert "stopped and saved at step" in process.communicate()[1] and process.returncode == 0
-    assert not (broken / "model").exists()
-    run(broken, *overrides)
-
-    assert saved(broken, 30) == saved(tmp_path / "whole", 30)
-    names = [file.name for file in (broken / "model").glob("*.safetensors")]
-    for name in names:
-        whole_bytes = (tmp_path / "whole" / "model" / name).read_bytes()
-        assert (broken / "model" / name).read_bytes() == whole_bytes
-    timeless = [
-        [{k: line[k] for k in ("step", "loss", "grad_norm", "targets")} for line in lines_of(x)]
-        for x in (tmp_path / "whole", broken)
-    ]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 30
-
-
 def test_next_batches_are_the_same():
     config = stage("stage2_2_audio_sft")
-    one = loop.make_loader(config, loop.load_tokenizer(config), None)
+    one = feed.make_loaders(config, feed.load_tokenizer(config), None)[0]
     for _ in range(11):
         next(one)
-    other = loop.make_loader(config, loop.load_tokenizer(config), None)
+    other = feed.make_loaders(config, feed.load_tokenizer(config), None)[0]
     other.restore(json.loads(json.dumps(one.state())))
     for _ in range(3):
         jax.tree.map(np.testing.assert_array_equal, next(one), next(other))
@@ -236,14 +225,20 @@ def test_restored_on_another_mesh(tmp_path):
     )
 
 
-def test_accumulation_is_exact(tmp_path):
-    more = ("data.batch_size=4", "num_steps=3")
+NOISY = 'data.mixture={"synthetic:text": 1, "synthetic:noise": 1}'  # classes of unequal weight
+
+
+@pytest.mark.parametrize("words", [(), ("model.llm.num_states=3", NOISY)])
+def test_accumulation_is_exact(words, tmp_path):
+    more = ("data.batch_size=4", "num_steps=3", *words)
     at_once = run(tmp_path / "1", *more)
     in_pieces = run(tmp_path / "2", *more, "optim.accumulation=2")
     for a, b in zip(at_once, in_pieces):
         assert a["targets"] == b["targets"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        for key in {"loss", "state_loss", "state_error"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
+    assert ("state_loss" in a) == bool(words)
 
 
 def test_bfloat16_computes_on_float32_weights(whole, tmp_path):
@@ -306,7 +301,12 @@ def test_init_from_takes_folders_by_part(whole, tmp_path):
         (["data.mixture={\"synthetic:smell\": 1}"], "synthetic:smell: expected one of text"),
         (["objective=gossip"], "objective='gossip': expected one of next_token, ctc"),
         (["data.batch_size=3", "optim.accumulation=2"], "must be a multiple"),
-        (["log_every=0"], "at least 1"),
+        (["log_every=0"], "log_every=0: expected at least 1"),
+        (["remat=some"], "remat='some': expected one of full, dots, none"),
+        (
+            ["data.held_out=synthetic:captions", "data.max_tokens=768"],
+            "data.held_out: goes through {'vision'}",
+        ),
         (["dtype=int8"], "int8"),
     ],
 )  # fmt: skip
@@ -329,6 +329,8 @@ def test_command_line(tmp_path, capsys):
     assert "synthetic:... does not mix" in said(
         text, "--tiny", 'data.mixture={"synthetic:text": 1, "data/text": 1}'
     )
+    assert "'here': expected auto or HOST:PORT" in said(text, "--tiny", "--distributed", "here")
+    assert "--profile 3: expected two steps" in said(text, "--tiny", "--profile", "3")
     with pytest.raises(SystemExit):
         said(text, "--fast")
 
@@ -346,19 +348,3 @@ def test_new_parameters_must_train(whole, tmp_path, caplog):
     assert "drawn at random: audio/prompts" in caplog.text
     with pytest.raises(ValueError, match="missing: audio/prompts"):
         run(tmp_path / "no", *more, "trainable=audio/adapter/.*", name="stage2_1b_speech_adapter")
-
-
-@pytest.mark.slow
-def test_eight_samples_are_learnt(tmp_path, monkeypatch):
-    samples = synthetic.samples("captions", 8, seed=3)
-    monkeypatch.setattr(synthetic, "samples", lambda kind, number, seed: samples)
-    words = ("mesh=[1,1,1]", "num_steps=80", "save_every=80", "optim.learning_rate=4e-3")
-    train(stage("stage1_2_vision_understanding", *words, "optim.rates={}"), tmp_path)
-    assert lines_of(tmp_path)[-1]["loss"] < 0.05
-    engine = vita_jax.load(tmp_path / "model", dtype="float32")
-    for sample in samples:
-        question, reply = (turn["value"] for turn in sample["conversations"])
-        said = engine.chat(
-            question.removeprefix("<image>"), [sample["image"]], speak=False, max_new_tokens=40
-        )
-        assert (said.text, said.state) == (reply, "text_reply")

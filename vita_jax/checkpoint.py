@@ -5,6 +5,7 @@ Goes in: parameters, random or published. Comes out: a folder that needs nothing
     config.json        the sizes (`config.py`)
     llm.safetensors    one file a part: vision, audio, llm, speech, codec; names are parameter paths
     tokenizer.json     the vocabulary
+    units.json         what the CTC head writes with, if that is not the vocabulary
     provenance.json    where the numbers come from
     LICENSE.txt        what may be done with them
     source/            small files of the published folder, byte for byte (after `vita convert`)
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -27,12 +29,14 @@ import flax.linen as nn
 import jax
 import ml_dtypes  # gives NumPy the bfloat16 that safetensors looks for
 import numpy as np
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from vita_jax import config as configs
 from vita_jax import params as trees
 from vita_jax.config import VitaConfig
+from vita_jax.data import units as ctc
 from vita_jax.data.tokenizer import Tokenizer, load_bundled
 from vita_jax.models import vita
 from vita_jax.models.codec import fold_weight_norm
@@ -176,12 +180,15 @@ def open_folder(folder):
 
     Raises:
       FileNotFoundError: the folder or a file of it is not there.
-      ValueError: a config that is none, a vocabulary that is too large, an unreadable file, or
-        tensors that do not fit (`check`).
+      ValueError: a config that is none, a vocabulary or list of units that is too large, an
+        unreadable file, or tensors that do not fit (`check`).
     """
     folder = Path(folder)
     config = configs.load(folder / "config.json")
     check_vocabulary(Tokenizer.load(folder), config, folder)
+    if (folder / ctc.FILE).is_file():
+        units = ctc.Units.load(folder / ctc.FILE)
+        ctc.check_head(units, config.audio.num_units, folder / ctc.FILE)
     files = {part: folder / f"{part}.safetensors" for part in _parts(config)}
     found = {f"{part}/{name}": e for part in files for name, e in header(files[part]).items()}
     check(found, config, folder)
@@ -212,7 +219,9 @@ def part_counts(config: VitaConfig) -> dict[str, int]:
     return {name: number for name, number in counts.items() if number}
 
 
-def write(folder, config, tensors, values, tokenizer, provenance, licence, sources=()) -> None:
+def write(
+    folder, config, tensors, values, tokenizer, provenance, licence, sources=(), units=None
+) -> None:
     """Writes a checkpoint slice by slice; the folder takes its name only when it is whole.
 
     Args:
@@ -224,6 +233,7 @@ def write(folder, config, tensors, values, tokenizer, provenance, licence, sourc
       provenance: dict of JSON values.
       licence: text of LICENSE.txt.
       sources: (path below source/, file to copy there) pairs.
+      units: `data.units.Units` of the CTC head; None for none, or the tokenizer's ids.
 
     Raises:
       ValueError: the folder is in use, or the vocabulary too large.
@@ -236,14 +246,16 @@ def write(folder, config, tensors, values, tokenizer, provenance, licence, sourc
             held = {path.removeprefix(part + "/"): t for path, t in held.items()}
             writers[part] = Writer(new / f"{part}.safetensors", held)
         num_bytes = sum(writer.num_bytes for writer in writers.values())
-        with progress(folder, num_bytes) as bar:
+        with progress(folder, num_bytes) as advance:
             for path, layer, value in values:
                 part, name = path.split("/", 1)
-                bar.update(writers[part].fill(name, value, layer))
+                advance(writers[part].fill(name, value, layer))
         for name, file in sources:
             (new / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, new / "source" / name)
         tokenizer.save(new)
+        if units is not None:
+            units.save(new / ctc.FILE)
         (new / "LICENSE.txt").write_text(licence, encoding="utf-8")
         (new / "provenance.json").write_text(json.dumps(provenance, indent=1), encoding="utf-8")
         sizes = json.dumps(configs.to_json(config), indent=1)
@@ -274,9 +286,14 @@ def new_folder(folder):
         raise
 
 
+@contextlib.contextmanager
 def progress(folder, num_bytes: int):
-    """A bar that counts the bytes written to `folder`, on a terminal only."""
-    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=Path(folder).name, disable=None)
+    """A function that adds bytes written to `folder` to a bar, drawn on a terminal only."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), DownloadColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(Path(folder).name, total=num_bytes)
+        yield functools.partial(bar.advance, task)
 
 
 class Writer:

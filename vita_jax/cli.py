@@ -22,6 +22,8 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
+  vita plot runs/s0 --out curves.png                the curves of runs
+  vita bench train configs/stage0_text.py --tiny    how fast this machine trains
   vita info vita_7b                                 what a model is made of
 
 `vita VERB --help` tells more about a verb."""
@@ -31,14 +33,13 @@ def main(arguments=None) -> int:
     """Runs `vita` with `arguments` (those of the process by default) and returns its exit code."""
     args = parse(arguments)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"vita {args.verb}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ConnectionError) else 2  # others may answer the next time
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse(arguments=None) -> argparse.Namespace:
@@ -171,8 +172,61 @@ a minute on a CPU.""",
     )
     train.add_argument("config", metavar="CONFIG", help="stage file")
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    train.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run")
+    train.add_argument("--workdir", metavar="DIR", help="folder of the run")
     train.add_argument("--tiny", action="store_true", help="shrink the stage to a laptop")
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="be one of several processes: alone on a TPU pod or under Slurm, elsewhere with where "
+        "process 0 listens, how many there are, which this is",
+    )
+    train.add_argument(
+        "--profile", metavar="A:B", help="write a trace of steps A to B to the --workdir"
+    )
+    train.add_argument(
+        "--compile-for",
+        metavar="POD",
+        help="only say whether the stage fits a TPU pod, as v5e:16x16 (exit code 1 if not); needs "
+        "no TPU but the extra `tpu-aot`",
+    )
+
+    plot = verb(
+        "plot",
+        _plot,
+        "draw the curves of one or several runs",
+        """
+
+RUN is the --workdir of a `vita train`. A table of first and last losses goes to the terminal.""",
+    )
+    plot.add_argument("runs", nargs="+", metavar="RUN")
+    plot.add_argument(
+        "--falling", action="store_true", help="a loss that has not fallen is an error"
+    )
+    plot.add_argument("--out", default="curves.png", metavar="PNG", help="default: curves.png")
+
+    bench = verb(
+        "bench",
+        _bench,
+        "measure speed on this machine, beside a peer or a limit",
+        """
+
+train: the step of a stage on full made-up batches, beside the measured rate of matrix products;
+with --peer (text stages) beside the same step in PyTorch, both pinned to --cores and taking turns:
+  vita bench train configs/stage0_text.py data.batch_size=4 data.max_tokens=512 --peer
+data: a stage's loader; with --step-s, beside devices that take so long a step.""",
+    )
+    bench.add_argument("what", choices=("train", "data"))
+    bench.add_argument("config", metavar="CONFIG", help="stage file")
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    bench.add_argument("--tiny", action="store_true", help="shrink the stage to a laptop")
+    bench.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="steps or batches (default: 10)"
+    )
+    bench.add_argument("--peer", action="store_true", help="compare with PyTorch")
+    bench.add_argument("--cores", type=int, default=1, metavar="N", help="for --peer (default: 1)")
+    bench.add_argument("--step-s", type=float, default=0.0, metavar="S", help="for data")
 
     info = verb("info", _info, "the parameters of a preset or checkpoint, part by part")
     info.add_argument(
@@ -187,11 +241,19 @@ a minute on a CPU.""",
         """
 
 records: the samples in SRC, a folder or file in the release's format, as ArrayRecord in the new
-folder DST. If stopped, the same command goes on.""",
+folder DST. If stopped, the same command goes on.
+units: what stage 2.1a writes with, learnt from the transcripts in SRC (as in a mixture), to the
+file DST: characters of Chinese, pieces of the words of other languages.
+starter: a few hundred samples for every stage in the new folder DST, from the recordings in SRC, a
+folder with a manifest.jsonl such as tests/data/speech, and the pictures of easy-vqa, which the
+extra `data` brings.""",
     )
-    data.add_argument("action", choices=("records",))
+    data.add_argument("action", choices=("records", "units", "starter"))
     data.add_argument("source", metavar="SRC")
     data.add_argument("target", metavar="DST")
+    data.add_argument(
+        "--size", type=int, default=8000, metavar="N", help="units at most (default: 8000)"
+    )
     data.add_argument("--shards", type=int, metavar="N", help="files (default: 1,000 samples each)")
     data.add_argument("--processes", type=int, metavar="N", help="at a time (default: one a core)")
     return top
@@ -353,11 +415,62 @@ def _convert(args):
 
 
 def _train(args):
+    import rich
+
+    class AboveTheBar(logging.Handler):
+        def emit(self, record):
+            text = self.format(record)
+            rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+    rich.reconfigure(stderr=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[AboveTheBar()])
+    logging.getLogger("vita_jax").setLevel(logging.INFO)
+    config = configs.load_config(args.config, args.overrides, args.tiny)
+    if args.compile_for:
+        from vita_jax.aot import compile_for
+
+        report = compile_for(config, args.compile_for)
+        print(report)
+        return 0 if report.fits else 1
+    if args.workdir is None:
+        raise ValueError("say where the run is to be kept: --workdir DIR")
+    from vita_jax.sharding import connect
     from vita_jax.train import train
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("vita_jax").setLevel(logging.INFO)
-    train(configs.load_config(args.config, args.overrides, args.tiny), args.workdir)
+    profile = None
+    if args.profile:
+        first, _, last = args.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ValueError(f"--profile {args.profile}: expected two steps, as in 10:12")
+        profile = int(first), int(last)
+    if args.distributed:
+        connect(args.distributed)
+    train(config, args.workdir, profile)
+
+
+def _plot(args):
+    from vita_jax.plot import curves
+    from vita_jax.train_log import read_metrics
+
+    runs = {run: read_metrics(run) for run in args.runs}
+    table, rising = curves(runs, args.out)
+    print(*table, f"drawn: {args.out}", sep="\n")
+    if args.falling and rising:
+        raise ValueError(f"the loss has not fallen: {', '.join(rising)}")
+
+
+def _bench(args):
+    from vita_jax import bench
+
+    config = configs.load_config(args.config, args.overrides, args.tiny)
+    if args.what == "data":
+        figures = bench.data(config, args.steps, args.step_s)
+    elif args.peer:
+        figures = bench.train_beside_torch(config, args.steps, args.cores)
+    else:
+        figures = bench.train(config, args.steps)
+    for name, value in figures.items():
+        print(f"{name:<16}{value:>14,.4g}")
 
 
 def _info(args):
@@ -383,6 +496,10 @@ def _info(args):
 
 
 def _data(args):
+    if args.action == "units":
+        return _units(args)
+    if args.action == "starter":
+        return _starter(args)
     from vita_jax.data.build import records
 
     made = records(args.source, args.target, args.shards, args.processes, progress=True)
@@ -391,3 +508,24 @@ def _data(args):
         f"videos, {made['audio']} clips of {made['hours']} h; {made['rejects']} left out"
         + (", see rejects.jsonl" if made["rejects"] else "")
     )
+
+
+def _units(args):
+    from vita_jax.data.units import learn, transcripts
+
+    if Path(args.target).exists():
+        raise ValueError(f"{args.target}: exists already; remove it or choose another name")
+    units, coverage = learn(transcripts(args.source, progress=True), args.size)
+    units.save(args.target)
+    pieces = units.vocab_size - units.num_characters
+    print(
+        f"{args.target}: {units.vocab_size + 1} units: the blank, {units.num_characters} "
+        f"characters, {pieces} pieces of words; they write {coverage:.2%} of the words"
+    )
+
+
+def _starter(args):
+    from vita_jax.data.starter import starter
+
+    made = starter(args.source, args.target, progress=True)["samples"]
+    print(f"{args.target}: " + ", ".join(f"{n} {folder}" for folder, n in made.items()))

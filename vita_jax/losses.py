@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Query, noise, text: noise is rare. Source: the release's training code, where the head is off.
+STATE_WEIGHTS = (1.0, 5.0, 1.0)
+
 
 def next_token_targets(tokens, segment_ids, loss_mask):
     """What each position should predict: the next token of its conversation.
@@ -28,7 +31,7 @@ def next_token_targets(tokens, segment_ids, loss_mask):
     return jnp.pad(tokens[:, 1:], end), jnp.pad(weights, end)
 
 
-def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
+def next_token_loss(hidden, logits_of, targets, chunk: int):
     """Cross-entropy of the next token; the logits of `chunk` tokens of each row exist at a time.
 
     Both ways: the backward pass computes them again.
@@ -36,13 +39,11 @@ def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
     Args:
       hidden: dtype[B, T, D].
       logits_of: float32[B, t, V] from dtype[B, t, D].
-      targets: int32[B, T]; those of weight 0 may be anything.
-      weights: float32[B, T].
+      targets: int32[B, T].
       chunk: tokens of a row at a time.
 
     Returns:
-      float32[] weighted sum of -log p (nats), and float32[] weight of targets that were the
-      likeliest token.
+      float32[B, T] -log p (nats) and bool[B, T] whether the target was the likeliest token.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -53,18 +54,68 @@ def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def add(sums, piece):
-        hidden, targets, weights = piece
+    def piece(_, piece):
+        hidden, targets = piece
         logits = logits_of(hidden)
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         # A sum over the vocabulary stays where the vocabulary is sharded; a look-up would not.
         target = jnp.where(is_target, logits, 0).sum(axis=-1)
-        nats = jax.nn.logsumexp(logits, axis=-1) - target
         right = jax.lax.stop_gradient(target >= logits.max(axis=-1))
-        return (sums[0] + (nats * weights).sum(), sums[1] + (right * weights).sum()), None
+        return None, (jax.nn.logsumexp(logits, axis=-1) - target, right)
 
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, (zero, zero), jax.tree.map(pieces, (hidden, targets, weights)))[0]
+    found = jax.lax.scan(piece, None, (pieces(hidden), pieces(targets)))[1]
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], found)
+
+
+def of_conversations(flags, segment_ids):
+    """Whether any token of each conversation has its flag set.
+
+    Args:
+      flags: bool[B, T].
+      segment_ids: int32[B, T] 1, 2, ... for the conversations of a row, 0 is padding.
+
+    Returns:
+      bool[B, T]: column i is of conversation i + 1.
+    """
+    rows = jnp.arange(flags.shape[0])[:, None]
+    return jnp.zeros_like(flags).at[rows, segment_ids - 1].max(flags & (segment_ids > 0))
+
+
+def state_targets(tokens, segment_ids, loss_mask, state_ids):
+    """What each reply answers, told by its state token, where its prompt ends.
+
+    Args:
+      tokens: int32[B, T].
+      segment_ids: int32[B, T], 0 is padding.
+      loss_mask: float32[B, T] 1 where the token is a target.
+      state_ids: the state tokens of query, noise and text.
+
+    Returns:
+      float32[B, T, 3] weight of each class, 0 where no reply starts. Their sum is the number of
+      next-token targets: divided by that, `state_loss` is a mean over replies by class weight.
+    """
+    targets, weights = next_token_targets(tokens, segment_ids, loss_mask)
+    starts = weights * (loss_mask == 0)
+    classes = starts[..., None] * (targets[..., None] == jnp.array(state_ids))
+    classes *= jnp.array(STATE_WEIGHTS)
+    return classes * (weights.sum() / jnp.maximum(classes.sum(), 1))
+
+
+def state_loss(logits, targets):
+    """Cross-entropy of what replies answer.
+
+    Args:
+      logits: float32[B, T, 3].
+      targets: float32[B, T, 3] as `state_targets` gives them, or some rows of those.
+
+    Returns:
+      float32[] weighted sum of -log p (nats), float32[] replies whose likeliest class is the right
+      one, and float32[] replies.
+    """
+    nats = -(jax.nn.log_softmax(logits) * targets).sum()
+    starts = targets.sum(axis=-1) > 0
+    right = starts & (logits.argmax(axis=-1) == targets.argmax(axis=-1))
+    return nats, right.sum(dtype=jnp.float32), starts.sum(dtype=jnp.float32)
 
 
 def ctc_targets(tokens, positions, segment_ids, num_clips: int, max_labels: int):
@@ -123,3 +174,28 @@ def ctc_loss(logits, num_frames, labels, num_labels, blank_id: int = 0):
     extra = jnp.arange(labels.shape[1]) >= num_labels[:, None]
     paddings = frames.astype(jnp.float32), extra.astype(jnp.float32)
     return optax.ctc_loss(logits, paddings[0], labels, paddings[1], blank_id=blank_id)
+
+
+def edit_distance(found, expected):
+    """Fewest units to add, drop or replace, so that one sequence becomes the other.
+
+    Args:
+      found: int32[B, T], zeros behind its end.
+      expected: int32[B, S], zeros behind its end.
+
+    Returns:
+      int32[B]. Source: Levenshtein 1966.
+    """
+    columns = jnp.arange(expected.shape[1] + 1)
+    start = jnp.broadcast_to(columns, (found.shape[0], len(columns)))
+
+    def add(row, unit):
+        replaced = row[:, :-1] + (unit[:, None] != expected)
+        best = jnp.minimum(row[:, 1:] + 1, replaced)
+        best = jnp.concatenate([row[:, :1] + 1, best], axis=1)
+        # Adding units of `expected` one after the other: the least of what stands to the left.
+        best = jax.lax.cummin(best - columns, axis=1) + columns
+        return jnp.where(unit[:, None] > 0, best, row), None
+
+    last, _ = jax.lax.scan(add, start, found.T)
+    return jnp.take_along_axis(last, (expected > 0).sum(axis=1, keepdims=True), axis=1)[:, 0]

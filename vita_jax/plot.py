@@ -1,4 +1,6 @@
-"""Timelines as PNG files: arrays and seconds go in, a picture comes out. Called by `cli.py`."""
+"""Curves of runs and timelines as PNG files: numbers go in, a picture comes out. Called by
+`cli.py`.
+"""
 
 import numpy as np
 
@@ -69,3 +71,78 @@ def _waveform(axes, samples, rate_hz, start, color, label):
     axes.annotate(
         label, (start, -1.1), xytext=(7, 0), textcoords="offset points", color=color, fontsize=13
     )
+
+
+# What `curves` draws: metric, its axis.
+PANELS = (
+    ("loss", "loss (nats a target)"),
+    ("error", "wrong targets (share)"),
+    ("exact", "exact replies (share)"),
+    ("grad_norm", "length of the gradient"),
+    ("learning_rate", "learning rate"),
+    ("tokens_per_s", "tokens a second"),
+)
+
+
+def curves(runs, path) -> tuple[list[str], list[str]]:
+    """Draws the metrics of runs, a colour each: lines for training, dots for held-out samples.
+
+    Args:
+      runs: {name: lines of its `metrics.jsonl` as dicts}.
+      path: PNG file to write, 1500 x 1000 pixels.
+
+    Returns:
+      lines of a table: steps, first and last loss (means over a tenth of the lines), the best loss
+      on held-out samples and minutes of each run. And the names of runs whose loss did not fall.
+
+    Raises:
+      ValueError: a run has no training lines.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide, rising = max(map(len, runs)), []
+    table = [f"{'run':<{wide}}{'steps':>9}{'first':>9}{'last':>9}{'held out':>10}{'minutes':>9}"]
+    figure = Figure(figsize=(15, 10), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 3).ravel()
+    for axes, (_, label) in zip(panels, PANELS):
+        axes.set_xlabel("step", color=INK)
+        axes.set_ylabel(label, color=INK)
+        axes.spines[["right", "top"]].set_visible(False)
+    for number, (name, lines) in enumerate(runs.items()):
+        train = [line for line in lines if "loss" in line]
+        if not train:
+            raise ValueError(f"{name}: no training line in it yet")
+        colour = f"C{number % 10}"
+        for axes, (metric, _) in zip(panels, PANELS):
+            for key, style in ((metric, "-"), (f"held_out_{metric}", "o--")):
+                points = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
+                is_line = style == "-"
+                if is_line and len(points) > 50:  # as measured, pale, below its running mean
+                    axes.plot(*zip(*points), color=colour, alpha=0.2, linewidth=0.8)
+                    points = _smooth(points)
+                if points:
+                    label = name if is_line and metric == "loss" else None
+                    axes.plot(*zip(*points), style, color=colour, markersize=4, label=label)
+        losses = [line["loss"] for line in train if line["loss"] is not None]
+        few = -(-len(losses) // 10)
+        first, last = np.mean(losses[:few]), np.mean(losses[-few:])
+        rising += [name] * (not last < first)
+        held_out = [x["held_out_loss"] for x in lines if x.get("held_out_loss") is not None]
+        best = f"{min(held_out):10.4f}" if held_out else f"{'-':>10}"
+        minutes = sum(line.get("seconds", 0) for line in train) / 60
+        table.append(
+            f"{name:<{wide}}{train[-1]['step']:>9}{first:>9.4f}{last:>9.4f}{best}{minutes:>9.1f}"
+        )
+    panels[0].legend(frameon=False)
+    figure.savefig(path, format="png")
+    return table, rising
+
+
+def _smooth(points):
+    """Points (step, value) with the value replaced by the mean over a fiftieth of the run."""
+    width = max(len(points) // 50, 2)
+    steps, values = np.array(points, float).T
+    means = np.convolve(values, np.ones(width) / width, "valid")
+    return list(zip(steps[width - 1 :], means))

@@ -191,9 +191,9 @@ def to_torch(folder, target) -> None:
                 continue
             shapes = {o.keys[0]: jax.ShapeDtypeStruct(o.shape, DTYPES[o.dtype]) for _, o in pairs}
             writer = Writer(new / file, shapes, {"format": "pt"})
-            with checkpoint.progress(file, writer.num_bytes) as bar:
+            with checkpoint.progress(file, writer.num_bytes) as advance:
                 for slot, origin in pairs:
-                    bar.update(writer.fill(origin.keys[0], published(slot, origin)))
+                    advance(writer.fill(origin.keys[0], published(slot, origin)))
         for index in new.rglob("*.safetensors.index.json"):
             _cut_index(index, {origin.keys[0] for pairs in by_file.values() for _, origin in pairs})
 

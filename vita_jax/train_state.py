@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from vita_jax import checkpoint
 from vita_jax import config as configs
 from vita_jax import params as trees
 from vita_jax.config import TrainConfig
+from vita_jax.data import units as ctc
 from vita_jax.models import vita
 from vita_jax.sharding import param_shardings
 
@@ -119,6 +121,43 @@ def init_folders(config: TrainConfig) -> list[tuple[str, Path]]:
     """(path pattern, folder) of each word of `init_from`."""
     words = [word.rpartition("=") for word in config.init_from]
     return [(pattern or ".*", Path(folder)) for pattern, _, folder in words]
+
+
+def units_file(config: TrainConfig) -> str | None:
+    """The list of units of the CTC head: `data.units`, or that of the head in `init_from`.
+
+    Returns:
+      the file; None if there is no head, or its units are the tokenizer's ids.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the head in `init_from` has other units than `data.units`, or there is no head.
+    """
+    file = config.data.units
+    if not config.model.audio.num_units:
+        if file is not None:
+            raise ValueError(
+                f"data.units={file}: the model has no CTC head to write with them; leave it out or "
+                "set model.audio.num_units"
+            )
+        return None
+    heads = [
+        folder
+        for pattern, folder in init_folders(config)
+        if re.fullmatch(pattern, "audio/ctc")
+        and configs.load(folder / "config.json").audio.num_units
+    ]
+    if not heads:
+        return file
+    held = heads[-1] / ctc.FILE
+    held = str(held) if held.is_file() else None
+    sums = {name and ctc.Units.load(name).checksum for name in (file, held)}
+    if file is not None and len(sums) > 1:
+        raise ValueError(
+            f"data.units={file}: the CTC head in {heads[-1]} has other units; leave data.units out "
+            "to go on with its, or name in init_from which parts to take, without audio/ctc"
+        )
+    return held
 
 
 def param_shapes(config: TrainConfig, parts, mesh) -> tuple[dict, dict]:
@@ -230,62 +269,121 @@ def export(folder, config: TrainConfig, origins: dict[str, Origin], params, toke
     texts = [(source / "LICENSE.txt").read_text() for _, source in init_folders(config)]
     licence = "\n".join(dict.fromkeys(texts)) or _OWN_LICENCE
     provenance = {"made_by": "vita train", "trained": True, "stage": configs.to_json(config)}
-    checkpoint.write(folder, config.model, tensors, values(), tokenizer, provenance, licence)
+    file = units_file(config)
+    units = None if file is None else ctc.Units.load(file)
+    checkpoint.write(
+        folder, config.model, tensors, values(), tokenizer, provenance, licence, units=units
+    )
 
 
 class Saves:
-    """The last saves of a run, each whole or not there; written while training goes on."""
+    """The last saves of a run and the best one, each whole or not there; written while training
+    goes on.
+    """
 
     def __init__(self, folder, keep: int):
-        """Opens `folder`, made if need be; the latest `keep` saves stay."""
+        """Opens `folder`, made if need be; the latest `keep` saves and the best stay."""
         import orbax.checkpoint as orbax
 
-        self._orbax = orbax
-        options = orbax.CheckpointManagerOptions(max_to_keep=keep)
+        self._orbax, self._keep = orbax, keep
+        self._losses = {}  # of saves that were validated, by step; each save holds those before it
+        options = orbax.CheckpointManagerOptions(preservation_policy=self)
         self._manager = orbax.CheckpointManager(Path(folder).absolute(), options=options)
 
-    def save(self, step: int, state: State, loader_state: dict) -> None:
-        """Saves, in the background: the arrays may be given away once this returns."""
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which saves stay: Orbax asks when it has written one."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], self._best_of(steps)}
+        return [step in kept for step in steps]
+
+    def save(self, step: int, state: State, loader_state: dict, loss: float | None = None) -> None:
+        """Saves, in the background: the arrays may be given away once this returns.
+
+        Args:
+          step: of the state; one that is saved already is not saved again.
+          state: all that a step changes.
+          loader_state: where the data stands.
+          loss: on held-out samples, if it was validated; the save with the least is the best.
+
+        Raises:
+          OSError: the save before failed.
+        """
         if step == self._manager.latest_step():
             return
-        args = self._orbax.args
-        self._manager.save(
-            step,
-            args=args.Composite(state=args.StandardSave(state), loader=args.JsonSave(loader_state)),
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
+        args, notes = (
+            self._orbax.args,
+            {"loader": loader_state, "losses": list(self._losses.items())},
         )
+        args = args.Composite(state=args.StandardSave(state), notes=args.JsonSave(notes))
+        with self._failing():
+            self._manager.save(step, args=args)
 
-    def restore(self, shapes):
+    def restore(self, shapes, step: int | None = None):
         """The latest save that can be read, as (state, loader state), or None if there is none.
 
         Args:
           shapes: State of ShapeDtypeStructs with shardings, on any mesh.
+          step: the save of this step instead.
 
         Raises:
           ValueError: there are saves and none can be read.
         """
+        self._manager.wait_until_finished()
         args, errors = self._orbax.args, []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            wanted = args.Composite(state=args.StandardRestore(shapes), loader=args.JsonRestore())
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        for step in steps:
+            wanted = args.Composite(state=args.StandardRestore(shapes), notes=args.JsonRestore())
             try:
                 held = self._manager.restore(step, args=wanted)
             except Exception as error:  # torn files fail in many ways, each its own exception
-                errors.append(
-                    f"step {step}: {str(error).splitlines()[0] if str(error) else error!r}"
-                )
+                errors.append(f"step {step}: {_first_line(error)}")
                 log.warning("the save of %s cannot be read; trying the one before", errors[-1])
                 continue
-            for torn in [s for s in self._manager.all_steps() if s > step]:
+            for torn in steps[: len(errors)]:
                 self._manager.delete(torn)  # so that the step can be saved again
-            return held.state, held.loader
+            self._losses = dict(held.notes["losses"])
+            return held.state, held.notes["loader"]
         if errors:
             raise ValueError(f"{self._manager.directory}: no save can be read; {errors[0]}")
         return None
+
+    def best(self) -> int | None:
+        """Step of the save with the least loss on held-out samples; None if none was validated."""
+        return self._best_of(self._manager.all_steps())
+
+    def is_best(self, loss: float) -> bool:
+        """Whether no save has a lower loss."""
+        best = self.best()
+        return math.isfinite(loss) and (best is None or loss < self._losses[best])
 
     def close(self) -> None:
         """Waits until all is on disk.
 
         Raises:
-          OSError: a save failed, for want of space maybe.
+          OSError: a save failed.
         """
-        self._manager.wait_until_finished()
+        with self._failing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    def _best_of(self, steps):
+        losses = {step: self._losses[step] for step in steps if step in self._losses}
+        return min(losses, key=losses.get, default=None)
+
+    @contextlib.contextmanager
+    def _failing(self):
+        """Says what to do when a save cannot be written. A part of one is never taken for one."""
+        try:
+            yield
+        except Exception as error:  # from the file system, each its own exception
+            raise OSError(
+                f"{self._manager.directory}: a save could not be written ({_first_line(error)}); "
+                "the saves before it are whole. Make room there and start again to go on"
+            ) from error
+
+
+def _first_line(error):
+    return str(error).splitlines()[0] if str(error) else repr(error)

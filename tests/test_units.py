@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from vita_jax import checkpoint, cli, train_state
+from vita_jax import checkpoint, cli, feed, train_state
 from vita_jax import train as loop
 from vita_jax.batch import AUDIO_TOKEN
 from vita_jax.config import DataConfig, load_config, override, vita_tiny

@@ -83,16 +83,19 @@ def train_beside_torch(
         os.environ[name] = str(num_cores)
     os.environ |= {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # idle threads do not spin
     cores = sorted(os.sched_getaffinity(0))[:num_cores]
-    spawn, pipes = multiprocessing.get_context("spawn"), []
+    spawn, pipes, workers = multiprocessing.get_context("spawn"), [], []
     for kind in (OurStep, TorchStep):
         here, there = spawn.Pipe()
-        spawn.Process(
-            target=_serve, args=(kind, configs.to_json(config), cores, there), daemon=True
-        ).start()
+        given = kind, configs.to_json(config), cores, there
+        workers.append(spawn.Process(target=_serve, args=given, daemon=True))
+        workers[-1].start()
         there.close()
         pipes.append(here)
     first = [_ask(pipe) for pipe in pipes]
     times = [[_ask(pipe)[0] for pipe in pipes] for _ in range(WARM_UP + num_steps)][WARM_UP:]
+    for pipe, worker in zip(pipes, workers):
+        pipe.close()
+        worker.join()
     ours_s, torch_s = map(statistics.median, zip(*times))
     return {
         "ours_s": ours_s,

@@ -34,7 +34,7 @@ def next_token_targets(tokens, segment_ids, loss_mask):
 def next_token_loss(hidden, logits_of, targets, chunk: int):
     """Cross-entropy of the next token; the logits of `chunk` tokens of each row exist at a time.
 
-    Both ways: the backward pass computes them again.
+    Both ways: the backward pass computes them again, unless a row is one chunk.
 
     Args:
       hidden: dtype[B, T, D].
@@ -53,7 +53,6 @@ def next_token_loss(hidden, logits_of, targets, chunk: int):
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
     def piece(_, piece):
         hidden, targets = piece
         logits = logits_of(hidden)
@@ -63,6 +62,8 @@ def next_token_loss(hidden, logits_of, targets, chunk: int):
         right = jax.lax.stop_gradient(target >= logits.max(axis=-1))
         return None, (jax.nn.logsumexp(logits, axis=-1) - target, right)
 
+    if chunk < length:
+        piece = jax.checkpoint(piece)
     found = jax.lax.scan(piece, None, (pieces(hidden), pieces(targets)))[1]
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], found)
 

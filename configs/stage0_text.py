@@ -24,4 +24,6 @@ def get_config():
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, b2=0.95),
         num_steps=20_000,
         dtype="float32",
+        remat="dots",
+        loss_chunk=64,
     )

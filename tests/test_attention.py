@@ -1,11 +1,11 @@
-"""Attention: the TPU's kernel, run step by step on the CPU, against the dense mask."""
+"""Attention: the TPU's kernel, run step by step on the CPU, and blocks, against the dense mask."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vita_jax.models.attention import Segments, attention, splash
+from vita_jax.models.attention import Segments, attention, conversation_mask, splash
 from vita_jax.sharding import make_mesh
 
 SEGMENTS = np.zeros((4, 200), np.int32)  # not a whole number of the kernel's blocks
@@ -38,7 +38,8 @@ def both(function, arrays, ids):
 @pytest.mark.parametrize("mesh", [None, (1, 2, 2), (2, 1, 4)], ids=str)
 def test_kernel_equals_dense_mask(mesh):
     arrays, ids = draw(num_heads=4, num_kv_heads=2, head_dim=16), jnp.asarray(SEGMENTS)
-    (_, expected), expected_grads = both(lambda *a: attention(*a, Segments(ids)), arrays, ids)
+    mask = conversation_mask(ids)
+    (_, expected), expected_grads = both(lambda *a: attention(*a, mask), arrays, ids)
     run = lambda: both(lambda *a: splash(*a, ids, interpret=True), arrays, ids)  # noqa: E731
     if mesh is None:
         (_, y), grads = run()
@@ -50,6 +51,16 @@ def test_kernel_equals_dense_mask(mesh):
         assert np.isfinite(ours).all()
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert not np.allclose(expected, attention(*arrays[:3], None) * (ids > 0)[..., None, None])
+
+
+def test_blocks_equal_dense_mask():
+    arrays, ids = draw(num_heads=4, num_kv_heads=2, head_dim=16), jnp.asarray(SEGMENTS)
+    mask = conversation_mask(ids)
+    (_, expected), expected_grads = both(lambda *a: attention(*a, mask), arrays, ids)
+    (_, y), grads = both(lambda *a: attention(*a, Segments(ids)), arrays, ids)
+    np.testing.assert_allclose(y, expected, atol=2e-6)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_padding_gives_numbers():

@@ -133,7 +133,7 @@ def test_a_trace_of_some_steps(tmp_path):
 
 
 def test_remat_changes_nothing_but_memory(whole, tmp_path):
-    for remat in ("dots", "none"):
+    for remat in ("full", "none"):
         lines = run(tmp_path / remat, f"remat={remat}")
         for a, b in zip(lines, lines_of(whole), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Attention, in one place: over a dense mask everywhere, or over packed rows in pieces on a TPU.
+"""Attention, in one place: over a dense mask, or over packed rows in blocks, on a TPU by a kernel.
 
 Goes in: queries, keys and values dtype[B, T, N, H], and who may see whom. Read next: `layers.py`.
 """
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from vita_jax.sharding import on_shards
 
 MASKED = -1e30  # finite, so that a row with nothing to see gives numbers and not NaN
+LANES = 128  # what sizes are multiples of
 BLOCK = 512  # tokens of a row that the TPU's kernel works on at a time
 
 
 @flax.struct.dataclass
 class Segments:
-    """A mask that is never written out for a whole row on a TPU: each token sees itself and what
-    came before in its own conversation.
+    """A mask whose scores never exist for a whole row: each token sees itself and what came before
+    in its own conversation.
 
     Attributes:
       ids: int32[B, T] 1, 2, ... for the conversations packed in a row, 0 is padding. What comes out
@@ -48,7 +49,7 @@ def attention(q, k, v, mask):
     return jax.lax.platform_dependent(
         *(q, k, v, mask.ids),
         tpu=splash,  # decided when the program is lowered, so a TPU that is not there will do
-        default=lambda q, k, v, ids: _dense(q, k, v, conversation_mask(ids)),
+        default=_in_blocks,
     )
 
 
@@ -75,6 +76,19 @@ def _dense(q, k, v, mask):
     return einops.rearrange(y, "B K (G T) H -> B T (K G) H", T=t)
 
 
+def _in_blocks(q, k, v, segment_ids):
+    """Attention within `Segments` by XLA: at most four blocks of queries one after the other, each
+    over the keys up to its end, and computed again in the backward pass.
+    """
+    mask, size = conversation_mask(segment_ids), -(-q.shape[1] // (4 * LANES)) * LANES
+    block = jax.checkpoint(_dense)
+    pieces = [
+        block(q[:, i:end], k[:, :end], v[:, :end], mask[:, :, i:end, :end])
+        for i, end in ((i, i + size) for i in range(0, q.shape[1], size))
+    ]
+    return jnp.concatenate(pieces, axis=1)
+
+
 def splash(q, k, v, segment_ids, interpret: bool = False):
     """Attention within `Segments` by JAX's "splash" kernel for TPUs: scores exist block by block,
     and blocks that no token may see are left out.
@@ -89,7 +103,7 @@ def splash(q, k, v, segment_ids, interpret: bool = False):
       dtype[B, T, N, H]. Source: arXiv 2205.14135 (flash attention).
     """
     b, t, n, h = q.shape
-    block = min(BLOCK, t + -t % 128)  # the kernel's lanes
+    block = min(BLOCK, t + -t % LANES)
     q = (q * h**-0.5).reshape(b, t, k.shape[2], -1, h)  # the kernel does not scale
     q, k, v, ids = (
         jnp.pad(x, ((0, 0), (0, -t % block)) + ((0, 0),) * (x.ndim - 2))

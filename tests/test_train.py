@@ -132,6 +132,7 @@ def test_a_trace_of_some_steps(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(whole, tmp_path):
     for remat in ("full", "none"):
         lines = run(tmp_path / remat, f"remat={remat}")
@@ -190,6 +191,7 @@ train(from_json(TrainConfig, json.loads(config)), workdir)
 """
 
 
+@pytest.mark.slow
 def test_losses_agree_on_every_mesh(tmp_path):
     words = "data.batch_size=8", "data.max_tokens=768", "num_steps=3"
     name, losses = "stage1_2_vision_understanding", []
@@ -213,6 +215,7 @@ def test_losses_agree_on_every_mesh(tmp_path):
     np.testing.assert_allclose(losses[1:], [losses[0]] * 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_restored_on_another_mesh(tmp_path):
     more = ("data.batch_size=8", "num_steps=4", "save_every=2")
     whole = run(tmp_path / "whole", *more)
@@ -228,7 +231,10 @@ def test_restored_on_another_mesh(tmp_path):
 NOISY = 'data.mixture={"synthetic:text": 1, "synthetic:noise": 1}'  # classes of unequal weight
 
 
-@pytest.mark.parametrize("words", [(), ("model.llm.num_states=3", NOISY)])
+STATES = ("model.llm.num_states=3", NOISY)
+
+
+@pytest.mark.parametrize("words", [(), pytest.param(STATES, marks=pytest.mark.slow)])
 def test_accumulation_is_exact(words, tmp_path):
     more = ("data.batch_size=4", "num_steps=3", *words)
     at_once = run(tmp_path / "1", *more)

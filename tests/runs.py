@@ -50,11 +50,17 @@ def weights(folder):
 
 
 def saved(workdir, step):
-    """State and loader state of a save, arrays as bytes."""
+    """State and notes of a save, arrays as bytes, from whatever devices wrote it."""
     import orbax.checkpoint as ocp
 
-    manager = ocp.CheckpointManager((workdir / "saves").absolute())
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(), notes=ocp.args.JsonRestore())
+    handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
+    manager = ocp.CheckpointManager((workdir / "saves").absolute(), item_handlers=handlers)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        manager.item_metadata(step).state,
+    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), notes=ocp.args.JsonRestore())
     held = manager.restore(step, args=args)
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(held.state)], held.notes
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vita_jax import bench, tables
 from vita_jax import params as trees
-from vita_jax import tables
 from vita_jax.models.llm import Llm
 from vita_jax.models.vita import draw
 
@@ -50,23 +50,9 @@ def recorded_params(tensors, rules, shapes, prefix="w."):
 def qwen2(config):
     """Qwen2 of transformers with random weights, the same as our parameters, and their slots."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.embed_dim,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=False,
-        )
-    ).eval()
+    model = bench.qwen2(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
             parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))

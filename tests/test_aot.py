@@ -82,9 +82,7 @@ def test_report(monkeypatch, capsys):
 
 
 def compiled(*words):
-    """The numbers of a report, and the exit code, from a process of its own."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the extra `tpu-aot` (libtpu)")
+    """The numbers of a report, from a process of its own; needs the extra `tpu-aot`."""
     code = (
         "import dataclasses, json, sys\n"
         "from vita_jax import aot, config\n"

@@ -19,7 +19,7 @@ import numpy as np
 from vita_jax import config as configs
 from vita_jax import params as trees
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
-from vita_jax.config import TrainConfig
+from vita_jax.config import LlmConfig, TrainConfig
 
 WARM_UP = 3  # steps before the clock starts
 SEGMENTS = 4  # conversations packed in a row
@@ -192,28 +192,13 @@ class TorchStep:
 
     def __init__(self, config: TrainConfig, segments: int):
         import torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
 
         from vita_jax import tables
         from vita_jax.models.vita import param_shapes
 
-        c, self._clip_norm = config.model.llm, config.optim.clip_norm
+        self._clip_norm = config.optim.clip_norm
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=c.vocab_size,
-                hidden_size=c.embed_dim,
-                intermediate_size=c.mlp_dim,
-                num_hidden_layers=c.num_layers,
-                num_attention_heads=c.num_heads,
-                num_key_value_heads=c.num_kv_heads,
-                head_dim=c.head_dim,
-                max_position_embeddings=c.max_positions,
-                rms_norm_eps=c.norm_eps,
-                rope_theta=c.rope_theta,
-                tie_word_embeddings=False,
-            )
-        ).train()
+        self._model = qwen2(config.model.llm).train()
         flat = trees.flatten(_weights(config, {"llm": param_shapes(config.model)["llm"]})["llm"])
         flat = {path: np.asarray(value) for path, value in flat.items()}
         held = tables.to_published(flat, tables.assign(tables.LLM, flat))
@@ -237,6 +222,31 @@ class TorchStep:
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
         self._optimizer.step()
         return loss.item()
+
+
+def qwen2(config: LlmConfig):
+    """transformers' Qwen2 of these sizes, its weights random.
+
+    Raises:
+      ModuleNotFoundError: there is no PyTorch or no transformers.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.embed_dim,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def full_batch(config: TrainConfig, segments: int = SEGMENTS) -> Batch:

@@ -12,7 +12,7 @@ from parity import assert_close, recorded_params, shapes_of
 from vita_jax import params as trees
 from vita_jax import tables
 from vita_jax.config import CodecConfig, vita_7b
-from vita_jax.models.codec import Codec, fold_weight_norm, quantize
+from vita_jax.models.codec import BatchNorm, Codec, fold_weight_norm, quantize
 
 SMALL = CodecConfig(
     upsample_rates=(4, 3),
@@ -139,7 +139,7 @@ def test_encoder(golden):
     np.testing.assert_array_equal(global_tokens, tensors["out.global_tokens"][:, 0])
     assert_close(channel_first(latents.quantized), tensors["out.quantized"])
     assert_close(latents.quantized_timbre, tensors["out.global_quantized"])
-    assert_close(latents.loss[None], tensors["out.quantizer_loss"])
+    assert_close(latents.loss.mean()[None], tensors["out.quantizer_loss"])
 
 
 @pytest.mark.golden
@@ -193,6 +193,91 @@ def test_padding_changes_nothing(kernels):
         assert not padded[row, length:].any()
 
 
+@pytest.mark.parametrize("kernels", [(8, 5), (7, 5), (7, 6)])
+def test_clips_of_different_lengths(kernels):
+    config = dataclasses.replace(SMALL, upsample_kernels=kernels, encoder_channels=16)
+    config = dataclasses.replace(config, global_dim=32, global_conv=(32, 4, 8), code_dim=64)
+    params = random_codec(config)
+    waveform = np.random.default_rng(1).normal(size=(3, 108)).astype(np.float32)
+    num_samples = np.array([108, 36, 72], np.int32)
+    codes, global_tokens, latents = run(config, params, "encode", waveform, num_samples)
+    np.testing.assert_allclose(
+        run(config, params, "timbre", waveform, num_samples), latents.timbre, atol=1e-6
+    )
+    for row, length in enumerate(num_samples):
+        one = slice(row, row + 1)
+        alone = run(config, params, "encode", waveform[one, :length])
+        size = alone[0].shape[1]
+        np.testing.assert_array_equal(codes[one, :size], alone[0])
+        np.testing.assert_array_equal(global_tokens[one], alone[1])
+        assert_close(latents.encoded[one, :size], alone[2].encoded, 1e-5)
+        assert_close(latents.timbre[one], alone[2].timbre, 1e-5)
+
+
+def test_timbre_alone():
+    params, waveform = random_codec(SMALL), np.random.default_rng(1).normal(size=(2, 48))
+    waveform = waveform.astype(np.float32)
+    _, global_tokens, latents = run(SMALL, params, "encode", waveform)
+    timbre = run(SMALL, params, "timbre", waveform)
+    np.testing.assert_allclose(timbre, latents.timbre, atol=1e-6)
+    np.testing.assert_array_equal(run(SMALL, params, "global_tokens", timbre), global_tokens)
+    assert set(np.unique(global_tokens)) != {0}
+
+
+def batch_norm_twice(statistics):
+    """Outputs and running statistics of BatchNorm for two batches in one `apply`."""
+    rng = np.random.default_rng(0)
+    batches = rng.normal(2.0, 3.0, size=(2, 5, 4)).astype(np.float32)
+    apply = lambda norm: [norm(x) for x in batches]  # noqa: E731
+    outputs, new = nn.apply(apply, BatchNorm(), mutable=["batch_stats"])({"params": statistics})
+    return batches, outputs, new["batch_stats"]
+
+
+def test_batch_norm_takes_the_batch_when_training():
+    statistics = {"scale": [1, 2, 3, 4], "bias": [0, 1, 2, 3], "running_mean": [1.0] * 4}
+    statistics = {k: np.array(v, np.float32) for k, v in statistics.items()}
+    statistics["running_var"] = np.full(4, 2.0, np.float32)
+    batches, outputs, new = batch_norm_twice(statistics)
+    mean, var = statistics["running_mean"], statistics["running_var"]
+    for x, y in zip(batches, outputs):
+        expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        assert_close(y, expected * statistics["scale"] + statistics["bias"], 1e-5)
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
+    assert new.keys() == {"running_mean", "running_var"}
+    assert_close(new["running_mean"], mean, 1e-6)
+    assert_close(new["running_var"], var, 1e-6)
+    fixed = BatchNorm().apply({"params": statistics}, batches[0])
+    assert_close(fixed, (batches[0] - 1) / np.sqrt(2 + 1e-5) * [1, 2, 3, 4] + [0, 1, 2, 3], 1e-5)
+
+
+def test_new_statistics_lie_where_the_parameters_do():
+    params, waveform = random_codec(SMALL), np.random.default_rng(1).normal(size=(3, 48))
+    waveform = waveform.astype(np.float32)
+    both = lambda codec, x: (codec(x), codec.timbre(x[:, ::-1]))  # noqa: E731
+    train = jax.jit(
+        lambda p: Codec(SMALL).apply({"params": p}, waveform, method=both, mutable=["batch_stats"])
+    )
+    new = trees.flatten(train(params)[1]["batch_stats"])
+    assert set(new) == {f"encoder/timbre/norm/running_{name}" for name in ("mean", "var")}
+    flat = trees.flatten(params)
+    assert all(new[path].shape == flat[path].shape for path in new)
+    assert all(np.abs(new[path] - flat[path]).max() > 1e-3 for path in new)
+
+
+@pytest.mark.peer
+def test_batch_norm_of_torch():
+    import torch
+
+    size = np.ones(4, np.float32)
+    statistics = {"scale": size, "bias": 0 * size, "running_mean": 0 * size, "running_var": size}
+    batches, outputs, new = batch_norm_twice(statistics)
+    norm = torch.nn.BatchNorm1d(4)
+    for x, y in zip(batches, outputs):
+        assert_close(y, norm(torch.tensor(x)).detach(), 1e-5)
+    assert_close(new["running_mean"], norm.running_mean, 1e-6)
+    assert_close(new["running_var"], norm.running_var, 1e-6)
+
+
 def test_first_weights_are_heard():
     config = dataclasses.replace(SMALL, resblock_kernels=(3,), resblock_dilations=((1,),))
     codes, global_tokens = random_tokens(config, (1, 100)), np.array([config.global_tokens])
@@ -209,7 +294,7 @@ def test_quantizer_passes_gradients_straight_through():
     indices, nearest, loss = quantize(x, codebook, config)
     np.testing.assert_array_equal(indices, [0, 1])
     np.testing.assert_allclose(nearest, codebook, atol=1e-6)
-    error = np.mean((np.asarray(x) - np.eye(2)) ** 2)
+    error = np.mean((np.asarray(x) - np.eye(2)) ** 2, axis=1)
     weights = config.codebook_loss_weight, config.commitment_loss_weight
     np.testing.assert_allclose(loss, sum(weights) * error, rtol=1e-6)
 
@@ -219,7 +304,7 @@ def test_quantizer_passes_gradients_straight_through():
     )(x, codebook)
     np.testing.assert_array_equal(to_x, direction)
     assert not to_codebook.any()
-    to_x, to_codebook = jax.grad(lambda x, c: quantize(x, c, config)[2], argnums=(0, 1))(
+    to_x, to_codebook = jax.grad(lambda x, c: quantize(x, c, config)[2].mean(), argnums=(0, 1))(
         x, codebook
     )
     np.testing.assert_allclose(to_x, weights[1] * 2 * (x - codebook) / 4, rtol=1e-5)

@@ -9,14 +9,15 @@ TREE = {
     "vision": {"projector": {"up": np.zeros((2, 3)), "bias": np.zeros(3)}},
     "audio": {"encoder": {"cmvn": {"mean": np.zeros(4)}, "out": np.zeros(5)}},
     "llm": {"head": np.zeros(6)},
+    "codec": {"norm": {"scale": np.zeros(7), "running_mean": np.zeros(7)}, "g": np.zeros(8)},
 }
 
 
 def test_flat_and_back():
     flat = trees.flatten(TREE)
-    assert list(flat)[0] == "vision/projector/up" and len(flat) == 5
+    assert list(flat)[0] == "vision/projector/up" and len(flat) == 8
     assert trees.flatten(trees.unflatten(flat)) == flat
-    assert trees.count(TREE) == 6 + 3 + 5 + 6  # without the statistics
+    assert trees.count(TREE) == 6 + 3 + 5 + 6 + 7  # without statistics and lengths
 
 
 def test_patterns_match_whole_paths():
@@ -31,9 +32,11 @@ def test_patterns_match_whole_paths():
 
 
 def test_split_and_merge():
-    trained, frozen = trees.split(TREE, (r"audio/.*", r"vision/projector/up"))
-    assert set(trees.flatten(trained)) == {"audio/encoder/out", "vision/projector/up"}
-    assert "audio/encoder/cmvn/mean" in trees.flatten(frozen)  # statistics never train
+    trained, frozen = trees.split(TREE, (r"audio/.*", r"vision/projector/up", r"codec/norm/.*"))
+    assert set(trees.flatten(trained)) == {
+        "audio/encoder/out", "vision/projector/up", "codec/norm/scale", "codec/norm/running_mean",
+    }  # fmt: skip
+    assert "audio/encoder/cmvn/mean" in trees.flatten(frozen)  # fixed: it never trains
     assert trees.flatten(trees.merge(trained, frozen)).keys() == trees.flatten(TREE).keys()
     with pytest.raises(AssertionError):
         trees.merge(trained, TREE)

@@ -7,8 +7,10 @@ import re
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Normalisation statistics: fixed, never trained.
-STATISTICS = ("mean", "istd", "running_mean", "running_var")
+# Normalisation statistics: no gradient changes them. The fixed ones never train; the others are
+# measured anew by every step that trains their module.
+FIXED = ("mean", "istd")
+STATISTICS = (*FIXED, "running_mean", "running_var")
 # Not counted: statistics, and the lengths of weight-normalised kernels (folding them into the
 # kernel leaves one number a weight).
 UNCOUNTED = (*STATISTICS, "g")
@@ -59,12 +61,12 @@ def match(patterns, paths) -> list[str]:
 
 
 def split(tree, patterns) -> tuple[dict, dict]:
-    """The tree of what `match` finds and the tree of the rest, which has all statistics.
+    """The tree of what `match` finds and the tree of the rest, which has what is FIXED.
 
     Errors as `match`.
     """
     flat = flatten(tree)
-    found = {path for path in match(patterns, flat) if path.rsplit("/", 1)[-1] not in STATISTICS}
+    found = {path for path in match(patterns, flat) if path.rsplit("/", 1)[-1] not in FIXED}
     return (
         unflatten({path: leaf for path, leaf in flat.items() if path in found}),
         unflatten({path: leaf for path, leaf in flat.items() if path not in found}),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vita_jax.config import CodecConfig
+from vita_jax.models.conv import convolve
 from vita_jax.models.layers import bias, drawn, weight
 
 # Constants of the published weights that no configuration states.
@@ -24,6 +25,7 @@ TIMBRE_KERNEL = 3
 GROUP_NORM_CHANNELS = 16  # in one group
 GROUP_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-5
+BATCH_NORM_MOMENTUM = 0.1  # what a batch adds to the running statistics
 
 KERNEL_AXES = (None, None, "channels")
 
@@ -37,7 +39,7 @@ class Latents:
       timbre: float32[B, E] the encoder's vector for the whole utterance.
       quantized: float32[B, S, D] nearest codewords; their gradient is that of `encoded`.
       quantized_timbre: float32[B, E] the same for `timbre`.
-      loss: float32[] quantizer loss, codec tokens and global tokens together.
+      loss: float32[B] quantizer loss, codec tokens and global tokens together, padding included.
     """
 
     encoded: jax.Array
@@ -86,25 +88,43 @@ class Codec(nn.Module):
         words, timbre = self.codebooks.codewords(codes), self.codebooks.timbre(global_tokens)
         return self.decoder(words, timbre, num_tokens)
 
-    def encode(self, waveform):
+    def encode(self, waveform, num_samples=None):
         """The codec tokens of a waveform.
 
         Args:
           waveform: float32[B, W] 24 kHz, in [-1, 1].
+          num_samples: int32[B] how many samples of each row count, multiples of samples_per_token,
+            or None for all. The tokens of a row do not depend on the padding behind them; codec
+            tokens from num_samples / samples_per_token on mean nothing.
 
         Returns:
           int32[B, S] codec tokens, int32[B, G] global tokens, and the Latents they come from.
         """
+        encoded, timbre = self.encoder(waveform, num_samples)
+        codes, quantized, loss = quantize(encoded, self.codebooks.code, self.config)
+        global_tokens, quantized_timbre, timbre_loss = self._quantize_timbre(timbre)
+        loss += timbre_loss
+        return codes, global_tokens, Latents(encoded, timbre, quantized, quantized_timbre, loss)
+
+    def timbre(self, waveform, num_samples=None):
+        """float32[B, E] the encoder's vector for a whole waveform, as in the Latents of `encode`.
+
+        Args:
+          waveform, num_samples: as for `encode`.
+        """
+        return self.encoder.timbre_of(waveform, num_samples)
+
+    def global_tokens(self, timbre):
+        """int32[B, G] the voice, for the encoder's vectors float32[B, E]."""
+        return self._quantize_timbre(timbre)[0]
+
+    def _quantize_timbre(self, timbre):
         c = self.config
-        encoded, timbre = self.encoder(waveform)
-        codes, quantized, loss = quantize(encoded, self.codebooks.code, c)
         groups = timbre.reshape(-1, c.num_global_tokens, c.global_code_dim)
-        global_tokens, quantized_groups, group_losses = jax.vmap(
+        tokens, quantized, losses = jax.vmap(
             lambda x, codebook: quantize(x, codebook, c), in_axes=(1, 0), out_axes=(1, 1, 0)
         )(groups, self.codebooks.global_code)
-        quantized_timbre = quantized_groups.reshape(timbre.shape)
-        loss += group_losses.mean()
-        return codes, global_tokens, Latents(encoded, timbre, quantized, quantized_timbre, loss)
+        return tokens, quantized.reshape(timbre.shape), losses.mean(axis=0)
 
 
 class Codebooks(nn.Module):
@@ -155,7 +175,7 @@ class Decoder(nn.Module):
         for i, up in enumerate(self.ups):
             x = up(nn.leaky_relu(x, LEAKY_SLOPE), lengths)
             if lengths is not None:
-                lengths = up.upsampled(lengths)
+                lengths = up.num_outputs(lengths)
             blocks = self.resblocks[i * count : (i + 1) * count]
             x = sum(block(x, lengths) for block in blocks) / count
             if x.shape[-1] == self.config.global_dim:
@@ -190,20 +210,37 @@ class Encoder(nn.Module):
         weight(self, "unused", (c.global_dim, c.global_dim), (None, "channels"))
         bias(self, "unused_bias", (c.global_dim,), ("channels",))
 
-    def __call__(self, waveform):
-        """From float32[B, W] waveform to float32[B, S, D] vectors and float32[B, E] timbre."""
-        x = self.conv_pre(waveform[..., None])
+    def __call__(self, waveform, lengths=None):
+        """From float32[B, W] waveform, valid up to int32[B] lengths, to float32[B, S, D] vectors
+        and float32[B, E] timbre.
+        """
+        half = len(self.downs) // 2
+        x, lengths = self._stages(range(half), *self._start(waveform, lengths))
+        timbre = self.timbre(x, lengths)
+        x, lengths = self._stages(range(half, len(self.downs)), x, lengths)
+        return self.conv_post(nn.leaky_relu(x, ENCODER_OUT_SLOPE), lengths), timbre
+
+    def timbre_of(self, waveform, lengths=None):
+        """From float32[B, W] waveform, valid up to int32[B] lengths, to float32[B, E] timbre."""
+        half = range(len(self.downs) // 2)
+        return self.timbre(*self._stages(half, *self._start(waveform, lengths)))
+
+    def _start(self, waveform, lengths):
+        return self.conv_pre(waveform[..., None], lengths), lengths
+
+    def _stages(self, stages, x, lengths):
         count = len(self.config.resblock_kernels)
-        for i, down in enumerate(self.downs):
-            x = down(nn.leaky_relu(x, LEAKY_SLOPE))
+        for i in stages:
+            x = self.downs[i](nn.leaky_relu(x, LEAKY_SLOPE), lengths)
+            if lengths is not None:
+                lengths = self.downs[i].num_outputs(lengths)
             total = 0.0
             for j in range(i * count, (i + 1) * count):
                 # The release normalises the running sum at every block, not once at the end.
-                total = self.norms[j](total + self.resblocks[j](x))
+                total = total + self.resblocks[j](x, lengths)
+                total = self.norms[j](total, mask=_valid(total, lengths))
             x = total / count
-            if i == len(self.downs) // 2 - 1:
-                timbre = self.timbre(x)
-        return self.conv_post(nn.leaky_relu(x, ENCODER_OUT_SLOPE)), timbre
+        return x, lengths
 
 
 class TimbreEncoder(nn.Module):
@@ -212,22 +249,28 @@ class TimbreEncoder(nn.Module):
     config: CodecConfig
 
     @nn.compact
-    def __call__(self, x):
-        """From float32[B, T, C] halfway through the encoder to float32[B, E]."""
+    def __call__(self, x, lengths=None):
+        """From float32[B, T, C] halfway through the encoder, valid up to int32[B] lengths, to
+        float32[B, E].
+        """
         size = self.config.global_dim
         inputs, hidden, outputs = self.config.global_conv
         for i, shape in enumerate(((inputs, hidden), (hidden, hidden), (hidden, outputs))):
             kernel = weight(self, f"conv_{i}", (TIMBRE_KERNEL, *shape), KERNEL_AXES, num_inputs=2)
-            x = _convolve(x, kernel, padding=TIMBRE_KERNEL // 2)
+            x = convolve(_mask(x, lengths), kernel, padding=TIMBRE_KERNEL // 2)
             x = nn.leaky_relu(x, LEAKY_SLOPE)
         out = weight(self, "out", (outputs, size), (None, "channels"))
         shift = bias(self, "out_bias", (size,), ("channels",))
-        x = jnp.einsum("BC,CE->BE", x.mean(axis=1), out.astype(jnp.float32)) + shift
+        x = x.mean(axis=1, where=_valid(x, lengths))
+        x = jnp.einsum("BC,CE->BE", x, out.astype(jnp.float32)) + shift
         return BatchNorm(name="norm")(nn.leaky_relu(x, LEAKY_SLOPE))
 
 
 class BatchNorm(nn.Module):
-    """Batch norm with fixed statistics, those of the checkpoint."""
+    """Batch norm with the statistics of the parameters, unless "batch_stats" is mutable: then with
+    those of the batch, and the collection holds the running ones after it, by the parameters'
+    names. Source: PyTorch's BatchNorm1d, whose running variance is the unbiased one.
+    """
 
     @nn.compact
     def __call__(self, x):
@@ -238,6 +281,14 @@ class BatchNorm(nn.Module):
         shift = bias(self, "bias", size, axes)
         mean = bias(self, "running_mean", size, axes)
         var = bias(self, "running_var", size, axes, mean=1.0)
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            running_mean = self.variable("batch_stats", "running_mean", lambda: mean)
+            running_var = self.variable("batch_stats", "running_var", lambda: var)
+            mean, var, count = x.mean(axis=0), x.var(axis=0), len(x)
+            unbiased = var * count / max(count - 1, 1)
+            for running, new in ((running_mean, mean), (running_var, unbiased)):
+                old = running.value
+                running.value = old + BATCH_NORM_MOMENTUM * (new - old)
         return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPS) * scale + shift
 
 
@@ -279,9 +330,12 @@ class Conv(nn.Module):
         """Zeros at either end of the input; cut off either end of the output, if transposed."""
         return ((self.width - 1) * self.dilation + 1 - self.stride) // 2
 
-    def upsampled(self, length):
-        """Outputs of a transposed convolution for `length` inputs; works on ints and arrays."""
-        return (length - 1) * self.stride + self.width - 2 * self.padding
+    def num_outputs(self, length):
+        """Outputs for `length` inputs; works on ints and arrays."""
+        if self.transposed:
+            return (length - 1) * self.stride + self.width - 2 * self.padding
+        reach = (self.width - 1) * self.dilation
+        return (length + 2 * self.padding - reach - 1) // self.stride + 1
 
     @nn.compact
     def __call__(self, x, lengths=None):
@@ -299,27 +353,29 @@ class Conv(nn.Module):
         x = _mask(x, lengths)
         if self.transposed:
             kernel, padding = kernel[::-1].swapaxes(1, 2), self.width - 1 - self.padding
-            return _convolve(x, kernel, spread=self.stride, padding=padding) + shift
-        return _convolve(x, kernel, self.stride, self.dilation, padding=self.padding) + shift
+            return convolve(x, kernel, spread=self.stride, padding=padding) + shift
+        how = {"stride": self.stride, "dilation": self.dilation, "padding": self.padding}
+        return convolve(x, kernel, **how) + shift
 
 
 def quantize(x, codebook, config: CodecConfig):
     """The codewords nearest to `x`. Source: VQ-VAE (arXiv 1711.00937), section 3.
 
     Args:
-      x: float32[..., D] vectors.
+      x: float32[B, ..., D] vectors.
       codebook: float32[V, D] codewords.
       config: gives the weights of the two losses.
 
     Returns:
-      int32[...] indices, float32[..., D] codewords with the gradient of `x`, float32[] loss.
+      int32[B, ...] indices, float32[B, ..., D] codewords with the gradient of `x`, float32[B] loss.
     """
     # In full precision on every device, or another codeword wins. |x|^2 is common to all of them.
     product = jnp.einsum("...D,VD->...V", x, codebook, precision=jax.lax.Precision.HIGHEST)
     indices = jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * product, axis=-1)
     nearest, stop = codebook[indices], jax.lax.stop_gradient
-    loss = config.codebook_loss_weight * jnp.mean((nearest - stop(x)) ** 2)
-    loss += config.commitment_loss_weight * jnp.mean((stop(nearest) - x) ** 2)
+    axes = tuple(range(1, x.ndim))
+    loss = config.codebook_loss_weight * jnp.mean((nearest - stop(x)) ** 2, axis=axes)
+    loss += config.commitment_loss_weight * jnp.mean((stop(nearest) - x) ** 2, axis=axes)
     return indices, x + stop(nearest - x), loss
 
 
@@ -339,24 +395,17 @@ def _length(v):
     return jnp.sqrt(jnp.sum(v.astype(jnp.float32) ** 2, axis=(0, 1)))
 
 
+def _valid(x, lengths):
+    """bool[B, W, C] which of `x` float32[B, W, C] count; None if all do."""
+    if lengths is None:
+        return None
+    valid = jnp.arange(x.shape[1])[:, None] < lengths[:, None, None]
+    return jnp.broadcast_to(valid, x.shape)
+
+
 def _mask(x, lengths):
     """`x` with zeros behind the rows' ends: what a convolution finds where nothing follows."""
-    if lengths is None:
-        return x
-    return jnp.where(jnp.arange(x.shape[1])[:, None] < lengths[:, None, None], x, 0.0)
-
-
-def _convolve(x, kernel, stride=1, dilation=1, spread=1, padding=0):
-    """Cross-correlates [B, W, C] with a kernel [width, C, out]; `spread` moves inputs apart."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(jnp.float32),
-        window_strides=(stride,),
-        padding=[(padding, padding)],
-        lhs_dilation=(spread,),
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-    )
+    return x if lengths is None else jnp.where(_valid(x, lengths), x, 0.0)
 
 
 def _group_norm(channels):

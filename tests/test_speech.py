@@ -3,16 +3,19 @@ tokens.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import assert_close, random_params, recorded_params, run, shapes_of
+from parity import assert_close, packed, random_params, recorded_params, run, shapes_of
 
 from vita_jax import tables
+from vita_jax.batch import TEXT_TOKEN
 from vita_jax.config import SpeechConfig, vita_tiny
 from vita_jax.infer.sampling import penalize
+from vita_jax.losses import next_token_loss, next_token_targets
 from vita_jax.models.speech import Speech, init_speech_cache
 
 
@@ -26,49 +29,57 @@ def recording(golden):
         mlp_dim=c["ff"],
         num_codes=c["codes"],
     )
-    x = jnp.zeros((1, 1, config.embed_dim))
-    shapes = shapes_of(Speech(config), x, jnp.ones((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+    shapes = shapes_of(Speech(config), *nothing(config), method=touch)
     return tensors, config, recorded_params(tensors, tables.SPEECH, shapes), c
 
 
-def lengths_mask(lengths, size):
-    return np.arange(size) < np.asarray(lengths)[:, None]
+def nothing(config):
+    """The smallest arguments."""
+    return jnp.zeros((1, 1, config.embed_dim)), *[jnp.ones((1, 1), jnp.int32)] * 4
+
+
+def touch(model, *args):
+    return model.logits(model(*args))
 
 
 @pytest.mark.golden
 def test_teacher_forcing(recording):
+    """The recorded training case, its two utterances packed in one row."""
     tensors, config, params, _ = recording
-    text, codes = tensors["in.x"], tensors["in.y"]
-    text_mask = lengths_mask(tensors["in.x_lens"], text.shape[1])
-    codes = jnp.asarray(np.where(codes < 0, config.pad_id, codes), jnp.int32)
-    read = run(Speech(config), params, text, text_mask, method="read_text")
+    x_lens, y_lens = (np.asarray(tensors[f"in.{name}_lens"]) for name in "xy")
+    args = packed(config, tensors["in.x"], x_lens, tensors["in.y"], y_lens, padded=True)
+    read = run(Speech(config), params, *args[:2], method="read_text")
     valid = tensors["out.pre_nn_valid"].astype(bool)
-    assert_close(np.asarray(read)[valid], tensors["mid.pre_nn"][valid])
+    assert_close(np.asarray(read)[0, : x_lens.sum()], tensors["mid.pre_nn"][valid])
 
-    prefix = run(Speech(config), params, text, text_mask, method="prefix")
+    def of_codes(x):
+        """What stands at SOS and codes, of one utterance after the other."""
+        segments, is_code = args[4][0], (args[2] != TEXT_TOKEN) & (args[2] != config.bos_id)
+        keep = (segments > 0) & is_code[0] & (args[2][0] != config.eos_id)
+        return np.asarray(x)[0][np.asarray(keep)]
+
     one = dataclasses.replace(config, num_layers=1)
     first = params | {"ar": jax.tree.map(lambda p: p[:1], params["ar"])}
-    layer0 = run(Speech(one), first, prefix, text_mask, codes, method="read_codes")
-    x_lens, y_lens = np.asarray(tensors["in.x_lens"]), np.asarray(tensors["in.y_lens"])
-    in_text = lengths_mask(1 + x_lens, 1 + text.shape[1])
-    real = np.concatenate([in_text, lengths_mask(1 + y_lens, 1 + codes.shape[1])], axis=1)
-    assert_close(np.asarray(layer0)[real], tensors["mid.layer0"][real])
-    last = run(Speech(config), params, prefix, text_mask, codes, method="read_codes")
-    hidden = run(Speech(config), params, last[:, prefix.shape[1] :], method=lambda m, x: m.norm(x))
-    valid = tensors["out.logits_valid"].astype(bool)
-    assert_close(np.asarray(hidden)[valid], tensors["out.final_hidden"][valid])
+    layer0 = run(Speech(one), first, read, *args[2:], method="read_codes")
+    recorded, width = tensors["mid.layer0"], 1 + tensors["in.x"].shape[1]
+    rows = [np.r_[0 : 1 + n, width : width + 1 + m] for n, m in zip(x_lens, y_lens)]
+    recorded = np.concatenate([recorded[i, row] for i, row in enumerate(rows)])
+    kept = np.asarray((args[4][0] > 0) & (args[2][0] != config.eos_id))
+    assert_close(np.asarray(layer0)[0][kept], recorded)
 
-    logits = run(Speech(config), params, text, text_mask, codes)
+    last = run(Speech(config), params, *args)
+    hidden = run(Speech(config), params, last, method=lambda m, x: m.norm(x))
+    logits = run(Speech(config), params, last, method="logits")
     valid = tensors["out.logits_valid"].astype(bool)
-    assert_close(np.asarray(logits)[valid], tensors["out.logits"][valid])
-    labels = np.full(logits.shape[:2], config.pad_id)
-    for row, length in enumerate(tensors["in.y_lens"]):
-        labels[row, :length] = tensors["in.y"][row, :length]
-        labels[row, length] = config.eos_id
-    picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), labels[..., None], axis=-1)[
-        ..., 0
-    ]
-    assert_close(-picked[labels != config.pad_id].sum(), tensors["out.loss_sum"][0])
+    assert_close(of_codes(hidden), tensors["out.final_hidden"][valid])
+    assert_close(of_codes(logits), tensors["out.logits"][valid])
+
+    is_target = np.asarray((args[2] >= 0) & (args[2] != config.bos_id) & (args[2] != config.sos_id))
+    targets, weights = next_token_targets(args[2], args[4], is_target.astype(np.float32))
+    head = functools.partial(run, Speech(config), params, method="logits")
+    nats, _ = next_token_loss(last, head, targets, chunk=7)
+    assert_close((nats * weights).sum(), tensors["out.loss_sum"][0])
+    assert weights.sum() == (1 + y_lens).sum()
 
 
 @pytest.mark.golden
@@ -76,7 +87,7 @@ def test_greedy_tokens_of_every_run(recording):
     tensors, config, params, meta = recording
     hidden = tensors["in.hidden"]
     mask = np.ones(hidden.shape[:2], bool)
-    read = run(Speech(config), params, hidden, mask, method="read_text")
+    read = run(Speech(config), params, hidden, mask.astype(np.int32), method="read_text")
     assert_close(read, tensors["mid.infer_pre_nn"])
     settings = {name: case for name, case in meta["infer_runs"].items() if not case["prefix_given"]}
     assert settings
@@ -109,28 +120,32 @@ def test_greedy_tokens_of_every_run(recording):
 
 
 def test_steps_equal_teacher_forcing():
-    config = vita_tiny().speech
-    key = jax.random.key(0)
+    """Alone with a cache as packed with others in a row."""
+    config, key = vita_tiny().speech, jax.random.key(0)
     text = jax.random.normal(key, (2, 8, config.embed_dim))
-    text_mask = jnp.arange(8) < jnp.array([[8], [8]])
     codes = jax.random.randint(key, (2, 12), 0, config.num_codes)
-    params = random_params(Speech(config), text, text_mask, codes)
-    whole = run(Speech(config), params, text, text_mask, codes)
+    x_lens, y_lens = [8, 5], [12, 9]
+    args = packed(config, np.asarray(text), x_lens, np.asarray(codes), y_lens)
+    params = random_params(Speech(config), *args, method=touch)
+    last = run(Speech(config), params, *args)
+    whole = np.asarray(run(Speech(config), params, last, method="logits"))[0]
+    text_mask = jnp.arange(8) < jnp.array(x_lens)[:, None]
     cache = run(
         Speech(config), params, text, text_mask, init_speech_cache(config, 2, 24), method="prefill"
     )
+    starts = [1 + x_lens[0], 1 + x_lens[0] + 2 + y_lens[0] + 1 + x_lens[1]]
     fed = jnp.concatenate([jnp.full((2, 1), config.sos_id), codes], axis=1)
     for i in range(fed.shape[1]):
         logits, cache = run(Speech(config), params, fed[:, i], cache, method="step")
-        assert_close(logits, whole[:, i], 1e-5)
+        for row, start in enumerate(starts):
+            if i <= y_lens[row]:
+                assert_close(logits[row], whole[start + i], 1e-5)
 
 
 def test_padded_text_speaks_the_same():
     config = vita_tiny().speech
     text = jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim))
-    params = random_params(
-        Speech(config), text, jnp.ones((1, 8), bool), jnp.zeros((1, 1), jnp.int32)
-    )
+    params = random_params(Speech(config), *nothing(config), method=touch)
 
     def logits(text, num_real):
         mask = jnp.arange(text.shape[1])[None] < num_real
@@ -149,10 +164,13 @@ def test_padded_text_speaks_the_same():
 
 def test_bfloat16_stays_close():
     config = dataclasses.replace(vita_tiny().speech, dtype="bfloat16")
-    text = jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim))
-    mask, codes = jnp.ones((1, 8), bool), jnp.arange(6)[None]
-    params = random_params(Speech(config), text, mask, codes)
-    half = run(Speech(config), params, text, mask, codes)
-    full = run(Speech(dataclasses.replace(config, dtype="float32")), params, text, mask, codes)
+    text = np.asarray(jax.random.normal(jax.random.key(0), (1, 8, config.embed_dim)))
+    args = packed(config, text, [8], np.arange(6)[None], [6])
+    params = random_params(Speech(config), *nothing(config), method=touch)
+    half, full = (
+        run(Speech(c), params, run(Speech(c), params, *args), method="logits")
+        for c in (config, dataclasses.replace(config, dtype="float32"))
+    )
+    real = np.asarray(args[4]) > 0
     assert half.dtype == jnp.float32
-    assert_close(half, full, 5e-2)
+    assert_close(np.asarray(half)[real], np.asarray(full)[real], 5e-2)

@@ -3,8 +3,8 @@ read it.
 
 Axis letters, the same everywhere: B batch; T, S query and key position; D embed_dim; N, K query and
 kv heads; H head_dim; F mlp_dim; V vocabulary; L layers; I tiles and U utterances of a row; P
-embeddings per tile; A, M audio frames and mel bins; Q codebooks; W, C waveform samples and
-channels.
+embeddings per tile; A, M audio frames and mel bins; X text ids for the voice; Q codebooks; W, C
+waveform samples and channels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
 # Placeholder ids, never looked up in the embedding table; the values are the release's.
 IMAGE_TOKEN = -200
 AUDIO_TOKEN = -500
+TEXT_TOKEN = -300  # ours: a piece of a text embedding, in what the speech decoder reads
 
 
 @flax.struct.dataclass
@@ -38,6 +39,12 @@ class Batch:
       tile_mask: bool[B, I] True where a tile is real, or None.
       audio: float32[B, U, A, M] log-mel filter banks, 10 ms a frame, before CMVN, or None.
       audio_mask: bool[B, U, A] True where a frame is real, or None.
+      text: int32[B, X] the words that are spoken, where `tokens` are what the speech decoder reads:
+        of each utterance BOS, a TEXT_TOKEN for each piece of a text embedding, SOS, codec tokens,
+        EOS. Else None.
+      text_segment_ids: int32[B, X] the utterance of each, as in `segment_ids`, or None.
+      waveform: float32[B, 2, W] two pieces of a clip, 24 kHz, the first with a token for each codec
+        token that it makes (their ids are not known yet: 0), or None.
     """
 
     tokens: jax.Array
@@ -48,3 +55,6 @@ class Batch:
     tile_mask: jax.Array | None = None
     audio: jax.Array | None = None
     audio_mask: jax.Array | None = None
+    text: jax.Array | None = None
+    text_segment_ids: jax.Array | None = None
+    waveform: jax.Array | None = None

@@ -27,9 +27,12 @@ class Segments:
     Attributes:
       ids: int32[B, T] 1, 2, ... for the conversations packed in a row, 0 is padding. What comes out
         for padding has no meaning.
+      order: int32[B, T] what came before, if not the tokens to the left: those whose number is not
+        higher. Tokens of one number see each other both ways. None: the tokens to the left.
     """
 
     ids: jax.Array
+    order: jax.Array | None = None
 
 
 def attention(q, k, v, mask):
@@ -46,6 +49,8 @@ def attention(q, k, v, mask):
     """
     if not isinstance(mask, Segments):
         return _dense(q, k, v, mask)
+    if mask.order is not None:
+        return _in_blocks(q, k, v, mask.ids, mask.order)
     return jax.lax.platform_dependent(
         *(q, k, v, mask.ids),
         tpu=splash,  # decided when the program is lowered, so a TPU that is not there will do
@@ -53,11 +58,11 @@ def attention(q, k, v, mask):
     )
 
 
-def conversation_mask(segment_ids):
+def conversation_mask(segment_ids, order=None):
     """bool[B, 1, T, T]: the mask that `Segments` stands for, with nothing to see for padding."""
-    t = segment_ids.shape[1]
+    order = jnp.arange(segment_ids.shape[1])[None] if order is None else order
     same = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, None] > 0)
-    return (same & jnp.tril(jnp.ones((t, t), bool)))[:, None]
+    return (same & (order[:, None] <= order[:, :, None]))[:, None]
 
 
 def _dense(q, k, v, mask):
@@ -76,16 +81,18 @@ def _dense(q, k, v, mask):
     return einops.rearrange(y, "B K (G T) H -> B T (K G) H", T=t)
 
 
-def _in_blocks(q, k, v, segment_ids):
+def _in_blocks(q, k, v, segment_ids, order=None):
     """Attention within `Segments` by XLA: at most four blocks of queries one after the other, each
-    over the keys up to its end, and computed again in the backward pass.
+    over the keys up to its end (over all, if an order is given), and computed again in the backward
+    pass.
     """
-    mask, size = conversation_mask(segment_ids), -(-q.shape[1] // (4 * LANES)) * LANES
-    block = jax.checkpoint(_dense)
-    pieces = [
-        block(q[:, i:end], k[:, :end], v[:, :end], mask[:, :, i:end, :end])
-        for i, end in ((i, i + size) for i in range(0, q.shape[1], size))
-    ]
+    mask, size = conversation_mask(segment_ids, order), -(-q.shape[1] // (4 * LANES)) * LANES
+    block, pieces = jax.checkpoint(_dense), []
+    for i in range(0, q.shape[1], size):
+        end = i + size if order is None else None
+        pieces.append(
+            block(q[:, i : i + size], k[:, :end], v[:, :end], mask[:, :, i : i + size, :end])
+        )
     return jnp.concatenate(pieces, axis=1)
 
 

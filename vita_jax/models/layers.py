@@ -21,27 +21,38 @@ ACTIVATIONS = ("batch", "seq", "act_embed")
 
 @flax.struct.dataclass
 class Drawn(nn.LogicallyPartitioned):
-    """A parameter with its axis names and what it is drawn from at the start: N(mean, std^2)."""
+    """A parameter with its axis names and what it is drawn from at the start: N(mean, std^2). Of a
+    weight, the first `num_inputs` axes of a layer are summed over when it is used.
+    """
 
     mean: float = flax.struct.field(default=0.0, pytree_node=False)
     std: float = flax.struct.field(default=0.0, pytree_node=False)
+    num_inputs: int = flax.struct.field(default=0, pytree_node=False)
 
 
-def drawn(axes, std: float = 0.0, mean: float = 0.0):
+def drawn(axes, std: float = 0.0, mean: float = 0.0, num_inputs: int = 0):
     """The initialiser of a parameter that starts as N(mean, std^2)."""
 
     def init(key, shape):
         value = jnp.full(shape, mean) + (std * jax.random.normal(key, shape) if std else 0)
-        return Drawn(value, axes, mean=mean, std=std)
+        return Drawn(value, axes, mean=mean, std=std, num_inputs=num_inputs)
 
     return init
 
 
 def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> jax.Array:
     """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it
-    is used.
+    is used. If the collection `lora` has a pair for it, their product is added (`lora.py`).
     """
-    return module.param(name, drawn(axes, math.prod(shape[:num_inputs]) ** -0.5), shape)
+    std = math.prod(shape[:num_inputs]) ** -0.5
+    value = module.param(name, drawn(axes, std, num_inputs=num_inputs), shape)
+    if not module.has_variable("lora", name):
+        return value
+    pair = module.get_variable("lora", name)
+    # A batch axis of one: products without any would be kept for the backward pass (`REMAT`).
+    a, b = pair["a"][None], pair["b"][None]
+    axes = ((a.ndim - 1,), (1,)), ((0,), (0,))
+    return value.astype(jnp.float32) + jax.lax.dot_general(a, b, axes, precision="highest")[0]
 
 
 def bias(
@@ -155,7 +166,7 @@ def stack(block, config, num_layers: int, name: str):
         block = nn.remat(block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=num_layers,

@@ -1,17 +1,20 @@
 """The voice: embeddings of the reply's text -> NAR decoder -> AR decoder -> codec tokens.
 
-Goes in: rows of the LLM's input table, each cut into pieces of the decoder's width
-(`cut_embeddings`). Comes out: codec tokens, one at a time with a cache, or logits for all of them
-when they are given (training).
+Goes in: rows of the LLM's input table, each cut into pieces of the decoders' width
+(`Vita.text_pieces`). Comes out: codec tokens, one at a time with a cache, or hidden states for all
+of them when they are given (training).
 Source: VITA-1.5 paper section 3.1 and the release's speech decoder. Read next: `codec.py`.
 """
 
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from vita_jax.batch import TEXT_TOKEN
 from vita_jax.config import SpeechConfig
+from vita_jax.models.attention import Segments
 from vita_jax.models.layers import Cache, GatedBlock, RMSNorm, bias, init_cache, stack, weight
 
 
@@ -35,63 +38,61 @@ class Speech(nn.Module):
         """dtype[B, T, D] from int32[B, T] codes and special ids."""
         return self.embedding[codes].astype(self.config.dtype)
 
-    def read_text(self, text, text_mask):
-        """NAR pass: dtype[B, T, D] from pieces of text embeddings, each seeing all real ones of its
-        row.
+    def read_text(self, text, segment_ids):
+        """NAR pass: dtype[B, T, D] from pieces of text embeddings; those of an utterance see each
+        other both ways.
 
         Args:
           text: dtype[B, T, D].
-          text_mask: bool[B, T] True where a piece is real.
+          segment_ids: int32[B, T] 1, 2, ... for the utterances of a row, 0 is padding.
         """
-        positions = jnp.broadcast_to(jnp.arange(text.shape[1]), text.shape[:2])
+        index = jnp.arange(text.shape[1])
+        first = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+        positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+        mask = Segments(segment_ids, order=jnp.zeros_like(segment_ids))
         layers = jnp.arange(self.config.num_nar_layers)
-        mask = text_mask[:, None, None, :]
         (x, _), _ = self.nar((text.astype(self.config.dtype), None), layers, positions, mask)
         return x
 
-    def prefix(self, text, text_mask):
-        """dtype[B, 1 + T, D]: BOS and the read text, the start of the AR decoder's sequence."""
-        start = self.embed(jnp.full((text.shape[0], 1), self.config.bos_id))
-        return jnp.concatenate([start, self.read_text(text, text_mask)], axis=1)
-
-    def __call__(self, text, text_mask, codes):
-        """Teacher forcing: logits for each code and for what follows the last.
+    def __call__(self, text, text_segment_ids, tokens, positions, segment_ids):
+        """Teacher forcing of utterances packed in rows: dtype[B, T, D], which `logits` takes.
 
         Args:
-          text: dtype[B, T, D] pieces of text embeddings, right-padded.
-          text_mask: bool[B, T].
-          codes: int32[B, S], right-padded with `pad_id`.
-
-        Returns:
-          float32[B, 1 + S, V]: entry i predicts code i, the one past the end predicts EOS.
+          text: dtype[B, P, D] pieces of text embeddings, in the order of the utterances.
+          text_segment_ids: int32[B, P] as `read_text` takes them.
+          tokens: int32[B, T] of each utterance BOS, a TEXT_TOKEN a piece, SOS, codes, EOS.
+          positions: int32[B, T] index in the utterance.
+          segment_ids: int32[B, T] 1, 2, ... for the utterances of a row, 0 is padding.
         """
-        x = self.read_codes(self.prefix(text, text_mask), text_mask, codes)
-        return self.logits(x[:, text.shape[1] + 1 :])
+        read = self.read_text(text, text_segment_ids)
+        return self.read_codes(read, tokens, positions, segment_ids)
 
-    def read_codes(self, prefix, text_mask, codes):
-        """AR pass over [prefix, SOS, codes]: dtype[B, 1 + T + 1 + S, D] after the last block.
+    def read_codes(self, text, tokens, positions, segment_ids):
+        """AR pass: dtype[B, T, D] after the last block, from text that was read dtype[B, P, D].
 
-        The prefix sees itself both ways; SOS and codes see it and the codes before them.
+        BOS and text see each other both ways; SOS and codes see these and the codes before them.
         """
-        c = self.config
-        (b, t), s = text_mask.shape, codes.shape[1]
-        start = self.embed(jnp.full((b, 1), c.sos_id))
-        x = jnp.concatenate([prefix, start, self.embed(codes)], axis=1)
-        in_prefix = jnp.concatenate([jnp.ones((b, 1), bool), text_mask], axis=1)
-        sees_prefix = jnp.pad(in_prefix, ((0, 0), (0, 1 + s)))[:, None, :]
-        row, column = jnp.arange(t + s + 2)[:, None], jnp.arange(t + s + 2)
-        sees_codes = (column > t) & (column <= row)
-        positions = jnp.broadcast_to(column, (b, t + s + 2))
-        mask = (sees_prefix | sees_codes)[:, None]
-        (x, _), _ = self.ar((x, None), jnp.arange(c.num_layers), positions, mask)
+        at = tokens == TEXT_TOKEN
+        index = jnp.clip(jnp.cumsum(at, axis=1) - 1, 0, text.shape[1] - 1)
+        text = jnp.take_along_axis(text, index[..., None], axis=1)
+        x = jnp.where(at[..., None], text, self.embed(jnp.maximum(tokens, 0)))
+        order = jnp.where(at | (tokens == self.config.bos_id), 0, positions)
+        layers, mask = jnp.arange(self.config.num_layers), Segments(segment_ids, order)
+        (x, _), _ = self.ar((x, None), layers, positions, mask)
         return x
 
     def prefill(self, text, text_mask, cache: Cache) -> Cache:
-        """The cache with BOS and the text in it: they see each other both ways. Real pieces come
-        first.
+        """The cache with BOS and the text in it: they see each other both ways.
+
+        Args:
+          text: dtype[B, T, D] pieces of text embeddings.
+          text_mask: bool[B, T] True where a piece is real; these come first.
+          cache: empty.
         """
         c = self.config
-        x = self.prefix(text, text_mask)
+        start = self.embed(jnp.full((text.shape[0], 1), c.bos_id))
+        text = self.read_text(text, text_mask.astype(jnp.int32))
+        x = jnp.concatenate([start, text], axis=1)
         num_real = 1 + text_mask.sum(axis=1)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         mask = (jnp.arange(cache.k.shape[2]) < num_real[:, None])[:, None, None, :]
@@ -115,13 +116,6 @@ class Speech(nn.Module):
         """float32[..., V] from the last block's output dtype[..., D]."""
         y = jnp.matmul(self.norm(x), self.head.astype(x.dtype), preferred_element_type=jnp.float32)
         return y + self.head_bias.astype(jnp.float32)
-
-
-def cut_embeddings(embeddings, config: SpeechConfig):
-    """Each text embedding dtype[B, T, D_llm] as consecutive pieces of the decoder's width, dtype[B,
-    T * n, D].
-    """
-    return embeddings.reshape(embeddings.shape[0], -1, config.embed_dim)
 
 
 def init_speech_cache(config: SpeechConfig, batch_size: int, num_slots: int) -> Cache:

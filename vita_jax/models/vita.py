@@ -20,6 +20,7 @@ from vita_jax.config import VitaConfig
 from vita_jax.models.attention import Segments
 from vita_jax.models.audio import Audio
 from vita_jax.models.codec import Codec
+from vita_jax.models.layers import ACTIVATIONS
 from vita_jax.models.llm import Llm
 from vita_jax.models.speech import Speech
 from vita_jax.models.vision import Vision
@@ -93,6 +94,24 @@ class Vita(nn.Module):
         logits = self.audio.unit_logits(audio.reshape(-1, *audio.shape[2:]), num_frames)
         return logits, jnp.maximum(self.config.audio.encoder_frames(num_frames), 0)
 
+    def text_pieces(self, tokens):
+        """dtype[B, T * n, D] embeddings of int32[B, T] text, each cut into n pieces: what the
+        speech decoders read. Of the LLM, only the input table need be among the parameters.
+        """
+        table = self.variables["params"]["llm"]["embedding"]
+        rows = nn.with_logical_constraint(table[tokens].astype(self.config.llm.dtype), ACTIVATIONS)
+        return rows.reshape(tokens.shape[0], -1, self.config.speech.embed_dim)
+
+    def spoken_states(self, batch: Batch):
+        """dtype[B, T, D] of the speech decoders, for a batch with `text`."""
+        pieces = self.text_pieces(batch.text)
+        ids = jnp.repeat(batch.text_segment_ids, self.config.speech_frames_per_token, axis=1)
+        return self.speech(pieces, ids, batch.tokens, batch.positions, batch.segment_ids)
+
+    def spoken_logits(self, hidden):
+        """float32[..., V] of codec tokens and special ids, from dtype[..., D]."""
+        return self.speech.logits(hidden)
+
     def touch(self):
         """Calls every part once on the smallest input: what `init_params` initialises."""
         c = self.config
@@ -101,7 +120,8 @@ class Vita(nn.Module):
         frames, mask = jnp.zeros((1, 1, 7, c.audio.num_mel_bins)), jnp.ones((1, 1, 7), bool)
         self(Batch(tokens, tokens, tokens + 1, tokens, pixels, mask[..., 0], frames, mask))
         if c.speech is not None:
-            self.speech(jnp.zeros((1, 1, c.speech.embed_dim)), jnp.ones((1, 1), bool), tokens)
+            pieces = jnp.zeros((1, 1, c.speech.embed_dim))
+            self.speech.logits(self.speech(pieces, tokens + 1, tokens, tokens, tokens + 1))
         if c.codec is not None:
             codes, timbre, _ = self.codec.encode(jnp.zeros((1, 2 * c.codec.samples_per_token)))
             self.codec.decode(codes, timbre, None)

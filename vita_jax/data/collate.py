@@ -18,10 +18,13 @@ _AXES = {  # behind the rows; of all other arrays it is "tokens"
     "tile_mask": ("tiles",),
     "audio": ("clips", "frames"),
     "audio_mask": ("clips", "frames"),
+    "text": ("text",),
+    "text_segment_ids": ("text",),
+    "waveform": (),
 }
 # Into how many parts the limit of an axis may be cut, and the least that must be left: of fewer
 # than 7 frames the audio encoder makes nothing.
-_CUTS = {"tokens": (4, 1), "tiles": (4, 1), "clips": (4, 1), "frames": (8, 7)}
+_CUTS = {"tokens": (4, 1), "tiles": (4, 1), "clips": (4, 1), "frames": (8, 7), "text": (8, 1)}
 
 
 def bucket(n: int, smallest: int = 1) -> int:
@@ -78,6 +81,12 @@ def collate(
         audio = np.split(_pad(clips, num_frames), ends)
         masks = np.split(_pad([np.ones(len(clip), bool) for clip in clips], num_frames), ends)
         batch = batch.replace(audio=_pad(audio, num_clips), audio_mask=_pad(masks, num_clips))
+    if examples[0].text is not None:
+        texts = [example.text for example in examples]
+        ones = [np.ones(len(text), np.int32) for text in texts]
+        batch = batch.replace(text=_pad(texts, num_tokens), text_segment_ids=_pad(ones, num_tokens))
+    if examples[0].waveform is not None:
+        batch = batch.replace(waveform=np.stack([example.waveform for example in examples]))
     return batch
 
 
@@ -103,7 +112,8 @@ def sizes(batch: Batch) -> dict[str, int]:
     """How much of each axis is in use in the fullest row (in the longest clip, for frames).
 
     Returns:
-      numbers of "tokens", and, if the batch has these arrays, of "tiles", "clips" and "frames".
+      numbers of "tokens", and, if the batch has these arrays, of "tiles", "clips", "frames" and
+      "text".
     """
     used = {"tokens": int((np.asarray(batch.segment_ids) > 0).sum(axis=1).max())}
     if batch.tiles is not None:
@@ -111,6 +121,8 @@ def sizes(batch: Batch) -> dict[str, int]:
     if batch.audio is not None:
         frames = np.asarray(batch.audio_mask).sum(axis=2)
         used |= {"clips": int((frames > 0).sum(axis=1).max()), "frames": int(frames.max())}
+    if batch.text is not None:
+        used["text"] = int((np.asarray(batch.text_segment_ids) > 0).sum(axis=1).max())
     return used
 
 

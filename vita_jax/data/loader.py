@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vita_jax.batch import Batch
-from vita_jax.config import DataConfig
+from vita_jax.config import OBJECTIVES, DataConfig
 from vita_jax.data.processor import Processor
 from vita_jax.data.shard import Reader, Shard, one_pass
 from vita_jax.data.sources import open_source
 
 log = logging.getLogger(__name__)
 
-OBJECTIVES = ("next_token", "ctc")
 MIN_SEEN = 100  # samples after which a share of bad ones means something
 
 
@@ -61,6 +60,8 @@ class Loader:
           objective: "next_token", or "ctc": `tokens` are then the words of the replies alone
             (no template, no state token, no end), all of them targets, and segment 1, 2, ... is
             what the row's first, second, ... clip says. With `data.units` they are ids of these.
+            "codec": rows are two pieces of a clip; "speech": words and codec tokens (see
+            `utterance.py`).
 
         Raises:
           FileNotFoundError: a source is not there.
@@ -340,7 +341,7 @@ def _check(data, process_index, process_count, objective):
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}: expected a number below it")
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective={objective!r}: expected {' or '.join(OBJECTIVES)}")
+        raise ValueError(f"objective={objective!r}: expected one of {', '.join(OBJECTIVES)}")
 
 
 def _fresh(num_sources):

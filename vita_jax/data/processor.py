@@ -70,12 +70,16 @@ class Example:
       loss_mask: float32[T] 1 on replies, from the state token to `<|im_end|>`, these included.
       tiles: float32[I, px, px, 3] normalised pixels in the order of their placeholders, or None.
       audio: float32[A, M] filter banks, one for each clip, in the order of their placeholders.
+      text: int32[X] the words to be spoken (see `Batch`), or None.
+      waveform: float32[2, W] two pieces of a clip, or None.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     tiles: np.ndarray | None
     audio: tuple[np.ndarray, ...]
+    text: np.ndarray | None = None
+    waveform: np.ndarray | None = None
 
 
 class Processor:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vita_jax.batch import Batch
+from vita_jax.data import utterance
 from vita_jax.data.augment import Augment
 from vita_jax.data.processor import Example, Processor
 from vita_jax.data.prompts import AUDIO, IMAGE, VIDEO
@@ -45,8 +46,8 @@ class Reader:
         self.num_groups = math.gcd(data.batch_size, data.num_shards)
         self.weights = np.cumsum(list(data.mixture.values())) / sum(data.mixture.values())
         media = frozenset().union(*(source.media for source in sources))
-        self.has_tiles = bool(media & {"image", "video"}) and objective != "ctc"
-        self.has_audio = "audio" in media
+        self.has_tiles = bool(media & {"image", "video"}) and objective == "next_token"
+        self.has_audio = "audio" in media and objective in ("next_token", "ctc")
 
     def identity(self):
         """What the stream of samples depends on; not where they lie."""
@@ -95,7 +96,9 @@ class Reader:
         with self.sources[number].open(index) as sample:
             if rng.random() < self.data.spoken_share:
                 sample = spoken(sample, rng)
-            example = self.processor.sample(sample, rng=rng)
+            example = utterance.example(
+                self.objective, self.processor, sample, self.data.max_tokens, rng
+            )
         if self.objective == "ctc":
             example = self._transcript(example)
         frames = max(map(len, example.audio), default=0)
@@ -130,7 +133,8 @@ class Reader:
     def fits(self, examples) -> bool:
         """Whether there is room for all of them in one row."""
         return (
-            sum(len(e.tokens) for e in examples) <= self.data.max_tokens
+            (self.objective != "codec" or len(examples) == 1)
+            and sum(len(e.tokens) for e in examples) <= self.data.max_tokens
             and sum(map(_num_tiles, examples)) <= self.data.max_tiles
             and sum(len(e.audio) for e in examples) <= self.data.max_clips
         )
@@ -160,17 +164,34 @@ class Reader:
             for at, clip in enumerate(clips):
                 audio[at, : len(clip)] = clip
             out |= {"audio": audio, "audio_mask": mask}
+        if self.objective == "codec":
+            out["waveform"] = _joined([e.waveform for e in examples], np.float32, self._num_samples)
+        if self.objective == "speech":
+            ids = [np.full(len(e.text), i) for i, e in enumerate(examples, 1)]
+            out["text"] = _joined([e.text for e in examples], np.int32)
+            out["text_segment_ids"] = _joined(ids, np.int32)
         return out
+
+    @property
+    def _num_samples(self):
+        """Of a piece of a clip."""
+        return self.data.max_tokens * self.processor.config.codec.samples_per_token
 
     def batch(self, rows) -> Batch:
         """A batch of rows as `row` makes them, padded to the limits."""
-        c, px = self.data, self.processor.config.vision.tile_px
+        c, config = self.data, self.processor.config
+        px = config.vision.tile_px
         shapes = {
             "tiles": (c.max_tiles, px, px, 3),
             "tile_mask": (c.max_tiles,),
-            "audio": (c.max_clips, c.max_audio_frames, self.processor.config.audio.num_mel_bins),
+            "audio": (c.max_clips, c.max_audio_frames, config.audio.num_mel_bins),
             "audio_mask": (c.max_clips, c.max_audio_frames),
         }
+        if self.objective == "codec":
+            shapes["waveform"] = (2, self._num_samples)
+        if self.objective == "speech":
+            max_text = c.max_tokens // config.speech_frames_per_token
+            shapes |= dict.fromkeys(("text", "text_segment_ids"), (max_text,))
         out = {}
         for name, first in rows[0].items():
             out[name] = np.zeros((len(rows), *shapes.get(name, (c.max_tokens,))), first.dtype)

@@ -1,4 +1,4 @@
-"""Where raw samples come from: JSON over folders of files, and TensorFlow Datasets.
+"""Where raw samples come from: JSON over folders of files, folders of speech, TensorFlow Datasets.
 
 Goes in: a name out of `DataConfig.mixture`. Comes out: a source of samples in the release's format,
 read one at a time by index, whose files are ready to be read. Read next: `processor.py`, which
@@ -22,7 +22,10 @@ SOUNDS = ("audio", "recordings")  # those that lie in the folder `audio`
 SAMPLE_FILES = (".json", ".jsonl")
 SET_FOLDERS = "folders.json"  # beside the samples, if pictures of some sets lie elsewhere
 RECORDS = ("sample", "files")  # features of a record that `build.py` wrote: JSON, and its files
-MANIFEST = "manifest.json"  # beside such records
+MANIFEST = "manifest.json"  # beside such records, and codec tokens
+REJECTS = "rejects.jsonl"  # beside codec tokens: clips that could not be used
+CLIPS = "manifest.jsonl"  # of a folder of speech
+SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 VERSION = "1.0.0"  # folder that they are in
 MEMORY = Path("/dev/shm")  # a folder in memory, where there is one
 
@@ -35,18 +38,24 @@ FEATURES = {
 }
 
 
-def open_source(name: str) -> JsonSource | TfdsSource:
+def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource:
     """The source of this name.
 
     Args:
       name: a file of samples (a JSON list, or JSON lines), a folder with such files, a folder that
-        `vita data records` wrote, or `tfds:NAME` with an optional `#SPLIT` (else train).
+        `vita data records` or `vita data codec-tokens` wrote, a folder of speech (`SpeechSource`),
+        or `tfds:NAME`; the last two with an optional `#SPLIT` (else train).
 
     Raises:
       FileNotFoundError: there is no such file, folder or data set.
       ValueError: it holds no samples, or none in a format that we know.
     """
-    return TfdsSource(name) if name.startswith("tfds:") or _data_set(name) else JsonSource(name)
+    if name.startswith("tfds:") or _data_set(name):
+        return TfdsSource(name)
+    folder = Path(name.partition("#")[0])
+    if (folder / CLIPS).is_file() or not any(folder.glob("*.json*")) and _sounds(folder):
+        return SpeechSource(name)
+    return JsonSource(name)
 
 
 class JsonSource:
@@ -69,7 +78,8 @@ class JsonSource:
         if not path.exists():
             raise FileNotFoundError(f"{name}: no such file or folder of samples; check the path")
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [f for f in files if f.suffix in SAMPLE_FILES and f.name != SET_FOLDERS]
+        files = [f for f in files if f.suffix in SAMPLE_FILES]
+        files = [f for f in files if f.name not in (SET_FOLDERS, MANIFEST, REJECTS)]
         self.name = name
         self._tables = [_Lines(f) if f.suffix == ".jsonl" else _List(f) for f in files]
         self._ends = np.cumsum([len(table) for table in self._tables])
@@ -103,6 +113,59 @@ class JsonSource:
             return str(table.root / home / file)
 
         yield with_files(sample, place)
+
+
+class SpeechSource:
+    """A folder of speech: sound files with what they say, as a sample each.
+
+    Either a `manifest.jsonl` in the folder, an object a line: `file` in the folder, `text` that it
+    says and, perhaps, its `split`; or any sound files, each with its words in a text file of the
+    same name (`a.wav`, `a.txt`), or without.
+
+    Attributes:
+      name: as given to `open_source`.
+      media: "audio".
+    """
+
+    media = frozenset(["audio"])
+
+    def __init__(self, name: str):
+        self.name = name
+        folder, _, split = name.partition("#")
+        self._folder, self._clips = Path(folder).absolute(), []
+        if (self._folder / CLIPS).is_file():
+            for line in _Lines(self._folder / CLIPS):
+                if not isinstance(line.get("file"), str):
+                    raise ValueError(f"{folder}/{CLIPS}: {line}; expected an object with `file`")
+                if line.get("split", "train") == (split or "train"):
+                    self._clips.append((line["file"], line.get("text", "")))
+        else:
+            files = _sounds(self._folder)
+            self._clips = [(str(file.relative_to(self._folder)), None) for file in files]
+        if not self._clips:
+            raise ValueError(
+                f"{name}: no speech in it; expected {CLIPS}, or files {', '.join(SOUND_FILES)}"
+            )
+
+    def __reduce__(self):
+        return SpeechSource, (self.name,)
+
+    def __len__(self):
+        return len(self._clips)
+
+    @contextlib.contextmanager
+    def open(self, index: int):
+        """The sample: a clip, and its words as the reply.
+
+        Raises:
+          OSError: the text file cannot be read.
+        """
+        file, text = self._clips[index]
+        words = (self._folder / file).with_suffix(".txt")
+        if text is None:
+            text = words.read_text("utf-8").strip() if words.is_file() else ""
+        turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": text}]
+        yield {"id": file, "audio": str(self._folder / file), "conversations": turns}
 
 
 class TfdsSource:
@@ -216,6 +279,11 @@ def _kinds(keys):
     return frozenset("audio" if key in SOUNDS else key for key in keys)
 
 
+def _sounds(folder):
+    """The sound files in a folder and those below it."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SOUND_FILES)
+
+
 def _data_set(name):
     """The folder of a data set that is given by its folder, with or without version; else None."""
     folders = (Path(name), Path(name, VERSION))
@@ -304,6 +372,8 @@ class _Lines(_Table):
         return len(self._starts)
 
     def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
         with self.path.open("rb") as file:
             file.seek(int(self._starts[index]))
             line = file.readline()

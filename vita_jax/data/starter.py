@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from vita_jax.data.audio import SAMPLE_RATE_HZ, write_wav
-from vita_jax.data.sources import MANIFEST, SOUNDS, with_files
+from vita_jax.data.sources import CLIPS, MANIFEST, SOUNDS, with_files
 
-CLIPS = "manifest.jsonl"  # of a folder of recordings
 SPLITS = {"train": ".", "held_out": "held_out"}  # of the clips -> folder of their samples
 SIZES = {"captions": 160, "qa": 240, "noise": 24}  # samples to train on
 COLOURS = {

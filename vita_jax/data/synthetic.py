@@ -6,6 +6,7 @@ and sounds are arrays, and a `Loader` of them for `--tiny` runs and tests. Read 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +16,7 @@ import PIL.ImageDraw
 
 from vita_jax.batch import Batch
 from vita_jax.config import DataConfig
+from vita_jax.data import utterance
 from vita_jax.data.audio import SAMPLE_RATE_HZ
 from vita_jax.data.collate import collate
 from vita_jax.data.processor import Example, Processor
@@ -30,7 +32,8 @@ def samples(kind: str, number: int, seed: int) -> list[dict]:
     """`number` samples in the release's format.
 
     Args:
-      kind: "text", "captions", "qa", "speech" (transcribe), "spoken_qa" or "noise".
+      kind: "text", "captions", "qa", "speech" (transcribe), "spoken_qa", "noise" or "codec_tokens"
+        (text with codec tokens).
       number: how many.
       seed: the same seed gives the same samples.
 
@@ -120,7 +123,10 @@ def held_out(
     size, num_rows = data.batch_size, data.batch_size // process_count
     mine = slice(process_index * num_rows, (process_index + 1) * num_rows)
     examples = _examples(data, processor, objective, num_samples, data.seed + HELD_OUT)
-    nothing = Example(np.zeros(0, np.int32), np.zeros(0, np.float32), None, ())
+    nothing = dataclasses.replace(
+        examples[0], tokens=np.zeros(0, np.int32), loss_mask=np.zeros(0, np.float32), tiles=None,
+        audio=(),
+    )  # fmt: skip
     for start in range(0, num_samples, size):
         rows = examples[start : start + size]
         rows += [nothing] * (size - len(rows))
@@ -131,8 +137,9 @@ def _examples(data, processor, objective, number, seed):
     """`number` examples, of each kind by its weight in the mixture."""
     weights = np.array(list(data.mixture.values())) / sum(data.mixture.values())
     counts = np.diff(np.round(np.cumsum([0, *weights]) * number).astype(int))
+    rng = np.random.default_rng(seed)  # where pieces of clips start
     examples = [
-        processor.sample(sample)
+        utterance.example(objective, processor, sample, data.max_tokens, rng)
         for (source, number) in zip(data.mixture, counts)
         for sample in samples(source.removeprefix(PREFIX), number, seed)
     ]
@@ -230,6 +237,13 @@ def _noise(rng):
     return _talk("<audio>", "", audio=[sound], inserted_id=1)
 
 
+def _codec_tokens(rng):
+    """Each note a run of three codec tokens that grow with its pitch."""
+    names = rng.choice(list(NOTES_HZ), 2)
+    first = [4 * list(NOTES_HZ).index(name) for name in names]
+    return {"text": " ".join(names), "codes": [code + i for code in first for i in range(3)]}
+
+
 _KINDS = {
     "text": _text,
     "captions": _caption,
@@ -237,4 +251,5 @@ _KINDS = {
     "speech": _speech,
     "spoken_qa": _spoken_question,
     "noise": _noise,
+    "codec_tokens": _codec_tokens,
 }

@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# PyTorch's idle threads spin: several of them on a busy machine make a peer 10 times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GOLDEN_DIR = pathlib.Path(
     os.environ.get("VITA_GOLDEN_DIR", pathlib.Path(__file__).parent / "data" / "golden")

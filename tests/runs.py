@@ -84,6 +84,6 @@ def assert_same(run, other, step):
     assert saved(run, step) == saved(other, step)
     for file in (run / "model").glob("*.safetensors"):
         assert file.read_bytes() == (other / "model" / file.name).read_bytes()
-    names = ("step", "loss", "error", "grad_norm", "targets")
-    timeless = [[[line[k] for k in names] for line in lines_of(x)] for x in (run, other)]
+    names = ("step", "loss", "error", "total", "perplexity", "grad_norm", "targets")
+    timeless = [[[line.get(k) for k in names] for line in lines_of(x)] for x in (run, other)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == step

@@ -16,6 +16,9 @@ import vita_jax
 from vita_jax.config import load_config
 from vita_jax.data import prompts, synthetic
 from vita_jax.data.collate import collate
+from vita_jax.data.utterance import words
+from vita_jax.infer.decode import next_speech, start_speech
+from vita_jax.infer.sampling import Sampler
 from vita_jax.losses import ctc_read
 from vita_jax.models.vita import Vita
 from vita_jax.objectives import read_loss
@@ -37,7 +40,7 @@ def eight(**numbers):
     """Eight samples with eight texts; `numbers` says how many of each kind."""
     found = {}
     for kind, number in numbers.items():
-        one_a_text = {reply(sample): sample for sample in synthetic.samples(kind, 60, seed=3)}
+        one_a_text = {words(sample): sample for sample in synthetic.samples(kind, 60, seed=3)}
         found |= dict(list(one_a_text.items())[:number])
     assert len(found) == 8
     return list(found.values())
@@ -195,3 +198,39 @@ def test_stages_that_leave_the_llm(sense, tmp_path, short_prompts, request):
     assert blind_loss > math.log(8) - 1e-3
     assert loss < math.log(8) / 2
     np.testing.assert_array_equal(seen.argmin(axis=1), range(8))
+
+
+def test_speech_decoders(tmp_path):
+    """Less than 0.05 nats a codec token; greedy, the codec tokens of each text and then the end."""
+    samples = eight(codec_tokens=8)
+    more = "num_steps=150", "optim.learning_rate=1e-2"
+    _, last = fit(tmp_path, "stage3_2_speech_decoder", samples, *more)
+    assert last["loss"] < 0.05 and last["exact"] == 1
+    engine = vita_jax.load(tmp_path / "model", dtype="float32")
+    config, greedy = engine.config, Sampler().arrays()
+    nothing_banned = np.zeros(config.speech.vocab_size, bool)
+    for sample in samples:
+        ids = np.array([engine.tokenizer.encode(sample["text"])], np.int32)
+        length, key = np.array([ids.size], np.int32), jax.random.key(0)
+        state = start_speech(config, 128, 1, engine.params, ids, length, key)
+        codes, _ = next_speech(config, 7, engine.params, nothing_banned, state, greedy)
+        assert codes[0].tolist() == [*sample["codes"], config.speech.eos_id]
+
+
+def test_codec(tmp_path):
+    """The distance of log-mel spectrograms falls to a fifth, with nearly all codewords in use."""
+    seconds = np.arange(2400) / 24000
+
+    def voiced(i):
+        pitch_hz = 110 * 2 ** (i / 4)
+        harmonics = np.arange(1, int(10_000 / pitch_hz))[:, None]
+        waves = np.sin(2 * np.pi * pitch_hz * harmonics * seconds + harmonics * i) / harmonics
+        return (0.2 * waves.sum(axis=0) * np.exp(-2 * seconds)).astype(np.float32)
+
+    samples = [{"id": i, "audio": [(voiced(i), 24000)]} for i in range(8)]
+    more = "num_steps=900", "optim.learning_rate=5e-3", "data.max_tokens=4"
+    _, last = fit(tmp_path, "stage3_1_codec", samples, *more, "discriminator_channels=0")
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert last["mel"] < first["mel"] / 5
+    # Four codec tokens of eight clips: each found a codeword of its own, and so did each timbre.
+    assert last["perplexity"] > 30 and last["global_perplexity"] > 7.5

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vita_jax.batch import Batch
+from vita_jax.batch import TEXT_TOKEN, Batch
 from vita_jax.config import vita_tiny
 from vita_jax.flops import matmul_flops_per_s, model_flops
 from vita_jax.models.vita import Vita, param_shapes
@@ -64,9 +64,46 @@ def test_what_trains_takes_more_passes():
     assert frozen < projector < trained < 3 * frozen
     hears = model_flops(config, "ctc", (), full)
     head = model_flops(config, "ctc", ("audio/ctc",), full) - hears  # one more pass of the head
-    # The encoder has nothing before it, so it needs no gradient of its input.
+    # An encoder of one layer needs no gradient of its input, one of two needs that of the second.
     both = model_flops(config, "ctc", ("audio/encoder/x", "audio/ctc"), full)
     assert both == 2 * (hears - head) + 3 * head
+    deep = dataclasses.replace(config, audio=dataclasses.replace(config.audio, num_layers=2))
+    hears = model_flops(deep, "ctc", (), full)
+    both = model_flops(deep, "ctc", ("audio/encoder/x", "audio/ctc"), full)
+    assert both == 2.5 * (hears - head) + 3 * head
+
+
+def test_speech_decoders():
+    """Two utterances in a row, forward, beside XLA's count of both, which knows no mask."""
+    config = vita_tiny()
+    wide = {"num_layers": 2, "embed_dim": 256, "mlp_dim": 1024, "num_heads": 4}
+    config = dataclasses.replace(
+        config,
+        llm=dataclasses.replace(config.llm, embed_dim=1024, num_layers=1),
+        vision=dataclasses.replace(config.vision, out_dim=1024),
+        audio=dataclasses.replace(config.audio, out_dim=1024),
+        speech=dataclasses.replace(config.speech, **wide),
+    )
+    c, codes, words = config.speech, 20, 3
+    row = [c.bos_id, *[TEXT_TOKEN] * 4 * words, c.sos_id, *[7] * codes, c.eos_id]
+    size = len(row)
+    ids = np.repeat([1, 2], size).astype(np.int32)[None]
+    talk = Batch(
+        np.array([row + row], np.int32), np.tile(np.arange(size), 2)[None], ids, np.ones(ids.shape),
+        text=np.ones((1, 2 * words), np.int32),
+        text_segment_ids=np.repeat([1, 2], words).astype(np.int32)[None],
+    )  # fmt: skip
+    ours = model_flops(config, "speech", (), talk)
+    one = dataclasses.replace(config, speech=dataclasses.replace(c, num_layers=1))
+    layer = ours - model_flops(one, "speech", (), talk)  # one of each decoder
+    assert layer > 0
+    block = 2 * 256 * (4 * 256 + 3 * 1024)
+    pairs = 2 * ((1 + 4 * words) ** 2 + sum(range(2 + 4 * words, size + 1)))
+    nar = 2 * 4 * words * block + 4 * 2 * (4 * words) ** 2 * 256
+    assert layer == nar + 2 * size * block + 4 * pairs * 256
+    everything = model_flops(config, "speech", ("speech/nar/x", "speech/ar/x", "speech/head"), talk)
+    # The only layer of the NAR decoder needs no gradient of its input.
+    assert everything == 3 * ours - nar
 
 
 def test_padding_does_not_count():

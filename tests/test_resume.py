@@ -38,10 +38,15 @@ def test_killed_and_resumed_without_a_trace(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_killed_and_resumed(name, tmp_path):
-    kind = {"stage0_text": "text", "stage2_2_audio_sft": "spoken_qa"}.get(name, "captions")
-    if name.startswith("stage2_1"):
+    kind = {
+        "stage0_text": "text",
+        "stage2_2_audio_sft": "spoken_qa",
+        "stage3_2_speech_decoder": "codec_tokens",
+    }.get(name, "captions")
+    if name.startswith(("stage2_1", "stage3_1")):
         kind = "speech"
-    more = ("data.max_tokens=768", "num_steps=14", "save_every=4", "validate_every=5",
+    size = 4 if name == "stage3_1_codec" else 768
+    more = (f"data.max_tokens={size}", "num_steps=14", "save_every=4", "validate_every=5",
             f"data.held_out=synthetic:{kind}")  # fmt: skip
     run(tmp_path / "whole", *more, name=name)
     kill(tmp_path / "broken", random.randint(5, 10), *more, name=name)

@@ -196,6 +196,12 @@ def batch_shapes(config: TrainConfig, sharding) -> Batch:
 
     token = struct(data.max_tokens, dtype=np.int32)
     batch = Batch(token, token, token, struct(data.max_tokens))
+    if config.objective == "codec":
+        samples = data.max_tokens * model.codec.samples_per_token
+        return batch.replace(waveform=struct(2, samples))
+    if config.objective == "speech":
+        text = struct(data.max_tokens // model.speech_frames_per_token, dtype=np.int32)
+        return batch.replace(text=text, text_segment_ids=text)
     if "vision" in trains:
         tiles = data.max_tiles, model.vision.tile_px, model.vision.tile_px, 3
         batch = batch.replace(tiles=struct(*tiles), tile_mask=struct(tiles[0], dtype=bool))

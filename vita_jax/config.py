@@ -423,7 +423,31 @@ class OptimConfig:
             )
 
 
-OBJECTIVES = ("next_token", "ctc")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: of a target W what trains is A B in W + alpha/rank A B. Source: LoRA
+    (arXiv 2106.09685); on the command line `lora={"targets": "llm/blocks/.*", "rank": 8}`.
+    """
+
+    targets: tuple[str, ...]  # path patterns; the weights among what they match
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        if not self.targets:
+            raise ValueError("lora.targets=(): expected path patterns, as llm/blocks/.*")
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"lora.rank={self.rank} and lora.alpha={self.alpha}: expected rank >= 1 and a "
+                "positive alpha"
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+OBJECTIVES = ("next_token", "ctc", "codec", "speech")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,6 +460,8 @@ class TrainConfig:
     optim: OptimConfig
     num_steps: int
     objective: str = "next_token"
+    lora: LoraConfig | None = None  # trained besides, and merged into the model at the end
+    discriminator_channels: int = 32  # of the codec's discriminators; 0 trains it without
     init_from: tuple[str, ...] = ()  # FOLDER or PATTERN=FOLDER, later ones win; none: random
     dtype: str = "bfloat16"  # of computing and of frozen parameters; trained ones are float32
     mesh: tuple[int, int, int] | None = None  # data, fsdp, tensor; None: all devices on fsdp
@@ -453,16 +479,31 @@ class TrainConfig:
             raise ValueError(
                 f"objective={self.objective!r}: expected one of {', '.join(OBJECTIVES)}"
             )
+        if not self.trains:
+            raise ValueError("trainable=(): nothing trains; name path patterns, or set lora")
         if self.data.batch_size % self.optim.accumulation:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} must be a multiple of "
                 f"optim.accumulation={self.optim.accumulation}"
             )
+        if self.objective == "codec" and self.optim.accumulation > 1:
+            raise ValueError(
+                f"optim.accumulation={self.optim.accumulation}: a codec's batch cannot be cut, as "
+                "its batch norm and codebooks look at all of it; expected 1"
+            )
+        for part, objectives in (("codec", ("codec", "speech")), ("speech", ("speech",))):
+            if self.objective in objectives and getattr(self.model, part) is None:
+                raise ValueError(f"objective={self.objective!r}: {self.model.name} has no {part}")
         for name in ("num_steps", "log_every", "save_every", "validate_every", "keep",
                      "max_skipped"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.model.with_dtype(self.dtype, self.remat)  # refuses any other word
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Path patterns of what trains, adapters included."""
+        return self.trainable if self.lora is None else (*self.trainable, "lora/.*")
 
 
 def load_config(path, overrides=(), tiny: bool = False) -> TrainConfig:
@@ -502,12 +543,13 @@ def shrink(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, audio=audio, llm=llm),
+        discriminator_channels=min(config.discriminator_channels, 4),
         data=dataclasses.replace(
             config.data,
             mixture=mixture,
             held_out=held_out,
             batch_size=8,
-            max_tokens=768,
+            max_tokens={"codec": 8, "speech": 128}.get(config.objective, 768),
             max_tiles=1,
             max_clips=1,
             max_audio_frames=128,
@@ -528,9 +570,11 @@ def shrink(config: TrainConfig) -> TrainConfig:
 
 
 def override(config, words):
-    """The config with `words` like `llm.num_layers=2` applied.
+    """The config with `words` like `llm.num_layers=2` applied; `model=` takes a preset's name or a
+    checkpoint folder, too.
 
     Raises:
+      FileNotFoundError: there is no such folder.
       ValueError: a word without `=`, an unknown key (the valid ones are named) or a value of
         another type.
     """
@@ -542,6 +586,12 @@ def override(config, words):
         node, *path = [tree], *key.split(".")
         node = node[0]
         for depth, name in enumerate(path):
+            if depth and node is None:
+                whole = ".".join(path[:depth])
+                raise ValueError(
+                    f"override {word!r}: there is no {whole!r} to change; give all of it, as in "
+                    f"{whole}={{...}}"
+                )
             if not isinstance(node, dict) or name not in node:
                 valid = ", ".join(node) if isinstance(node, dict) else "none"
                 raise ValueError(
@@ -553,8 +603,13 @@ def override(config, words):
         try:
             node[path[-1]] = json.loads(value)
         except json.JSONDecodeError:
-            node[path[-1]] = value
+            node[path[-1]] = to_json(_model(value)) if key == "model" else value
     return from_json(type(config), tree)
+
+
+def _model(name) -> VitaConfig:
+    """A preset, or the config of a checkpoint folder."""
+    return PRESETS[name]() if name in PRESETS else load(Path(name) / "config.json")
 
 
 def load(path) -> VitaConfig:

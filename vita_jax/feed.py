@@ -9,20 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vita_jax import train_state
+from vita_jax import codec_tokens, train_state
 from vita_jax.batch import Batch
 from vita_jax.config import TrainConfig
 from vita_jax.data import synthetic
 from vita_jax.data.collate import cut, sizes
 from vita_jax.data.processor import Processor
+from vita_jax.data.sources import open_source
 from vita_jax.data.tokenizer import Tokenizer, load_bundled
 from vita_jax.flops import model_flops
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -44,6 +49,7 @@ def make_loaders(config: TrainConfig, tokenizer: Tokenizer, workdir: Path):
       FileNotFoundError: a source or `data.units` is not there.
       ValueError: synthetic and real sources are mixed, or units do not fit the head.
     """
+    config = with_tokens(config, workdir)
     data = dataclasses.replace(config.data, units=train_state.units_file(config))
     processor = make_processor(config, tokenizer)
     share = {
@@ -70,6 +76,55 @@ def make_loaders(config: TrainConfig, tokenizer: Tokenizer, workdir: Path):
     return loader, functools.partial(one_pass, data, processor, **share)
 
 
+def with_tokens(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """The stage with records of codec tokens in the place of speech, if it learns from these. They
+    are made in `workdir`/tokens with the codec of `init_from`, once.
+
+    Raises:
+      FileNotFoundError, ValueError: as `codec_tokens.write`, or `init_from` has no codec.
+    """
+    if config.objective != "speech":
+        return config
+
+    def tokens(source):
+        if source.startswith(synthetic.PREFIX) or "audio" not in open_source(source).media:
+            return source
+        folder = train_state.folder_of(config, "codec/codebooks/code")
+        if folder is None:
+            raise ValueError(
+                f"{source}: speech without codec tokens, and init_from={config.init_from} has no "
+                "codec to make them with; name one there, or use `vita data codec-tokens`"
+            )
+        target = Path(workdir, "tokens", re.sub(r"\W+", "_", source).strip("_"))
+        if jax.process_index() == 0:
+            log.info("codec tokens of %s go to %s", source, target)
+            made = codec_tokens.write(folder, source, target, progress=True)
+            log.info("%s: %d clips, %.4f h, %d left out", *(
+                source, made["clips"], made["hours"], made["rejects"],
+            ))  # fmt: skip
+        of_all(0)  # the others wait
+        return str(target)
+
+    mixture = {tokens(source): weight for source, weight in config.data.mixture.items()}
+    held_out = tuple(tokens(source) for source in config.data.held_out)
+    data = dataclasses.replace(config.data, mixture=mixture, held_out=held_out)
+    return dataclasses.replace(config, data=data)
+
+
+def with_voice(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """The stage with the codec speaking in the voice of what it learnt to say: of the first source
+    of the mixture, if that is known.
+    """
+    source = next(iter(with_tokens(config, workdir).data.mixture))
+    if config.objective != "speech" or source.startswith(synthetic.PREFIX):
+        return config
+    global_tokens = codec_tokens.voice(source)
+    if global_tokens is None:
+        return config
+    codec = dataclasses.replace(config.model.codec, global_tokens=global_tokens)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, codec=codec))
+
+
 def state_of(loader) -> dict:
     """The state of the loaders of all processes as one."""
     if jax.process_count() == 1 or isinstance(loader, synthetic.Loader):
@@ -84,9 +139,13 @@ def state_of(loader) -> dict:
 
 
 def used_parts(config: TrainConfig, batch: Batch) -> tuple[str, ...]:
-    """The parts of the model that a batch goes through; the others are not loaded."""
+    """What a batch goes through, as starts of parameter paths; the rest is not loaded."""
     if config.objective == "ctc":
         return ("audio",)
+    if config.objective == "codec":
+        return ("codec", *["discriminators"] * bool(config.discriminator_channels))
+    if config.objective == "speech":
+        return ("speech", "codec", "llm/embedding")
     seen = ("vision",) * (batch.tiles is not None) + ("audio",) * (batch.audio is not None)
     return (*seen, "llm")
 
@@ -100,7 +159,9 @@ def work_of(config: TrainConfig, trained, batch: Batch) -> tuple[float, float]:
       batch: this process's rows.
     """
     tokens = int((batch.segment_ids > 0).sum())
-    flops = model_flops(config.model, config.objective, trained, batch)
+    flops = model_flops(
+        config.model, config.objective, trained, batch, config.discriminator_channels
+    )
     return tokens * jax.process_count(), flops * jax.process_count()
 
 

@@ -14,31 +14,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vita_jax.batch import Batch
+from vita_jax.batch import TEXT_TOKEN, Batch
 from vita_jax.config import VitaConfig
+from vita_jax.models.discriminators import (
+    FFT_SIZES,
+    PERIOD_LAYERS,
+    PERIODS,
+    SCALE_LAYERS,
+    SCALES,
+    STFT_LAYERS,
+)
 
 
-def model_flops(config: VitaConfig, objective: str, trained, batch: Batch) -> float:
+def model_flops(
+    config: VitaConfig, objective: str, trained, batch: Batch, discriminator_channels: int = 0
+) -> float:
     """Matrix products of a training step, forwards and backwards.
 
     Args:
       config: the model.
-      objective: "next_token", or "ctc": then the audio encoder alone is used.
+      objective: "next_token"; "ctc": then the audio encoder alone is used; "speech": the speech
+        decoders; "codec".
       trained: paths of the parameters that train. A part that does not train, with nothing
-        before it that does, has no backward pass.
+        before it that does, has no backward pass. An adapter is part of what it adapts.
       batch: NumPy arrays.
+      discriminator_channels: of the codec's discriminators; 0 for none.
     """
+    trained = [path.removeprefix("lora/") for path in trained]
+    if objective == "speech":
+        return _passes(_speech(config, batch), trained)
+    if objective == "codec":
+        number = int((batch.segment_ids > 0).any(axis=1).sum())
+        length = batch.waveform.shape[-1]
+        judge = _discriminators(discriminator_channels, length) if discriminator_channels else 0
+        # Recorded and made waveforms are judged; backwards, both for the discriminators' weights,
+        # the made one once more for the codec, which needs no gradient of these.
+        return number * (_passes(_codec(config.codec, length), trained) + 7 * judge)
     tokens = int((batch.segment_ids > 0).sum())
     pairs = int((batch.positions + 1)[batch.segment_ids > 0].sum())  # that attend to each other
     tiles = 0 if batch.tiles is None else int(batch.tile_mask.sum())
     frames = np.zeros(0) if batch.audio is None else batch.audio_mask.sum(axis=-1).ravel()
     frames = frames[frames > 0]
-    encoder = ("audio/encoder", _audio(config, frames))
+    encoder = ("audio/encoder", _audio(config, frames), 1 - 1 / config.audio.num_layers)
     if objective == "ctc":
         steps = config.audio.encoder_frames(frames).sum()
         head = 2 * steps * config.audio.embed_dim * config.audio.num_units
-        return _passes([encoder, ("audio/ctc", head)], trained)
-    vision, audio = _vision(config, tiles), [encoder, ("audio/adapter", _adapter(config, frames))]
+        return _passes([encoder, ("audio/ctc", head, 0)], trained)
+    vision, audio = _vision(config, tiles), [encoder, _adapter(config, frames)]
     # Backwards through the LLM whenever anything trains; through an encoder only for its own sake.
     total = _passes(vision, trained) + _passes(audio, trained)
     total += _llm(config, tokens, pairs) * (2 + any(path.startswith("llm/") for path in trained))
@@ -65,13 +87,32 @@ def matmul_flops_per_s(dtype: str) -> float:
 
 
 def _passes(parts, trained):
-    """Work of parts one behind the other: (path, forward FLOPs)."""
+    """Work of parts one behind the other: (path, forward FLOPs, share of its later layers).
+    Backwards, the gradient of what goes in is needed behind the first weight that trains.
+    """
     total, upstream = 0.0, False
-    for path, forward in parts:
-        trains = any(p.startswith(path) for p in trained)
-        total += forward * (1 + trains + upstream)
+    for path, forward, later in parts:
+        trains = any(p.removeprefix("lora/").startswith(path) for p in trained)
+        total += forward * (1 + trains + (1 if upstream else later * trains))
         upstream = upstream or trains
-    return total
+    return float(total)
+
+
+def _speech(config, batch):
+    c = config.speech
+    block = 2 * c.embed_dim * (4 * c.embed_dim + 3 * c.mlp_dim)
+    before = (batch.tokens == TEXT_TOKEN) | (batch.tokens == c.bos_id)
+    real = batch.segment_ids > 0
+    # Utterances of a row are numbered, so that each prefix is counted by itself.
+    prefixes = [np.bincount(ids[is_text]) for ids, is_text in zip(batch.segment_ids, before & real)]
+    prefixes = np.concatenate(prefixes)
+    pieces = np.maximum(prefixes - 1, 0)
+    pairs = (prefixes**2).sum() + (batch.positions + 1)[real & ~before].sum()
+    nar = c.num_nar_layers * (pieces.sum() * block + 4 * (pieces**2).sum() * c.embed_dim)
+    ar = c.num_layers * (real.sum() * block + 4 * pairs * c.embed_dim)
+    head = 2 * real.sum() * c.embed_dim * c.vocab_size
+    later = 1 - 1 / max(c.num_nar_layers, 1)
+    return [("speech/nar", nar, later), ("speech/ar", ar, 1), ("speech/head", head, 0)]
 
 
 def _llm(config, tokens, pairs):
@@ -82,6 +123,60 @@ def _llm(config, tokens, pairs):
     return 2 * tokens * a_token + 4 * pairs * c.num_layers * c.num_heads * c.head_dim
 
 
+def _codec(c, length):
+    """Encoder, once and its first half once more for another piece's timbre, and decoder."""
+    stages = list(zip(c.upsample_rates, c.upsample_kernels))
+    kinds = [(k, len(d)) for k, d in zip(c.resblock_kernels, c.resblock_dilations)]
+
+    def blocks(time, channels):
+        return sum(2 * 2 * number * time * width * channels**2 for width, number in kinds)
+
+    time, channels = length, c.encoder_channels
+    halves = [2 * time * 7 * channels, 0]
+    for i, (rate, width) in enumerate(stages[::-1]):
+        time, channels = time // rate, channels * 2
+        work = 2 * time * width * channels**2 / 2 + blocks(time, channels)
+        halves[i >= len(stages) // 2] += work
+    halves[1] += 2 * time * 3 * channels * c.code_dim + 2 * time * c.num_codes * c.code_dim
+    channels = c.channels
+    decoder = 2 * time * 7 * c.code_dim * channels
+    for rate, width in stages:
+        channels //= 2
+        decoder += 2 * time * width * 2 * channels**2
+        time *= rate
+        decoder += blocks(time, channels)
+    decoder += 2 * time * 7 * channels
+    encoder = 2 * halves[0] + halves[1]
+    return [("codec/encoder", encoder, 1), ("codec/decoder", decoder, 1)]
+
+
+def _discriminators(c, length):
+    """Forward FLOPs of all of them, of one waveform."""
+    total = 0
+    for period in PERIODS:
+        time, inputs = -(-length // period), 1
+        for factor, width, stride in PERIOD_LAYERS:
+            time = (time - 1) // stride + 1
+            total += period * 2 * time * width * inputs * factor * c
+            inputs = factor * c
+        total += period * 2 * time * 3 * inputs
+    for scale in SCALES:
+        time, inputs = length // scale, 1
+        for factor, width, stride, groups in SCALE_LAYERS:
+            time = (time - 1) // stride + 1
+            total += 2 * time * width * inputs // groups * factor * c
+            inputs = factor * c
+        total += 2 * time * 3 * inputs
+    for n_fft in FFT_SIZES:
+        time, bins, inputs = (length - n_fft) // (n_fft // 4) + 1, n_fft // 2 + 1, 2
+        for width, stride, _ in STFT_LAYERS:
+            bins = (bins - 1) // stride[1] + 1
+            total += 2 * time * bins * math.prod(width) * inputs * c
+            inputs = c
+        total += 2 * time * bins * 9 * inputs
+    return total
+
+
 def _vision(config, tiles):
     c = config.vision
     t, wide = c.grid**2 + 1, 4 * c.embed_dim
@@ -89,8 +184,8 @@ def _vision(config, tiles):
     patches = 2 * c.grid**2 * 3 * c.patch_px**2 * c.embed_dim
     projector = 2 * c.embeddings_per_tile * (wide * c.out_dim + c.out_dim**2)
     return [
-        ("vision/encoder", tiles * (c.num_layers * block + patches)),
-        ("vision/projector", tiles * projector),
+        ("vision/encoder", tiles * (c.num_layers * block + patches), 1 - 1 / c.num_layers),
+        ("vision/projector", tiles * projector, c.out_dim / (wide + c.out_dim)),
     ]
 
 
@@ -108,4 +203,6 @@ def _audio(config, frames):
 def _adapter(config, frames):
     c = config.audio
     kernel = c.adapter_kernel * c.embed_dim * c.adapter_dim
-    return float((2 * c.adapter_frames(frames) * (kernel + c.adapter_dim * c.out_dim)).sum())
+    out = c.adapter_dim * c.out_dim
+    forward = float((2 * c.adapter_frames(frames) * (kernel + out)).sum())
+    return "audio/adapter", forward, out / (kernel + out)

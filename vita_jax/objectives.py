@@ -1,17 +1,21 @@
-"""What a stage makes small: next tokens, or what clips say.
+"""What a stage makes small: next tokens, what clips say, codec tokens, or what a codec loses.
 
 Goes in: parameters and a `Batch`. Comes out: the sum of the loss over targets and the counts that
-metrics are made of; sums, so that pieces of a batch, and batches, add up. Read next: `losses.py`.
+metrics are made of; sums, so that pieces of a batch, and batches, add up. Read next: `losses.py`,
+`codec_losses.py`.
 """
 
 from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
+from vita_jax import codebooks, lora
 from vita_jax import params as trees
 from vita_jax.batch import Batch
+from vita_jax.codec_losses import discriminator_losses, generator_losses
 from vita_jax.config import TrainConfig
 from vita_jax.losses import (
     ctc_loss,
@@ -23,29 +27,42 @@ from vita_jax.losses import (
     of_conversations,
     state_loss,
 )
+from vita_jax.models.discriminators import Discriminators
 from vita_jax.models.vita import Vita
 
 
-def make_loss(config: TrainConfig):
+def make_loss(config: TrainConfig, training: bool = True):
     """The objective.
+
+    Args:
+      config: the stage.
+      training: for "codec" only: with discriminators, statistics of the batch, and what `settle`
+        takes; else by the fixed statistics.
 
     Returns:
       function of (parameters that train, frozen ones, Batch) to the sum of the loss over targets
       and sums of what goes with it, float32[] each: `targets`, those of them that are `wrong`,
-      `replies` (clips, if by CTC), and those that are `exact`. For next tokens it may be given
-      what `state_targets` makes of the batch, too.
+      `replies` (clips, if by CTC; utterances, if spoken), and those that are `exact`; of a codec,
+      each of its losses instead. For next tokens it may be given what `state_targets` makes of the
+      batch, too.
     """
-    loss = {"next_token": read_loss, "ctc": hear_loss}[config.objective]
     model = Vita(config.model.with_dtype(config.dtype, config.remat))
+    if config.objective == "codec":
+        return functools.partial(code_loss, config, model, training)
+    loss = {"next_token": read_loss, "ctc": hear_loss, "speech": speak_loss}[config.objective]
     return functools.partial(loss, config, model)
 
 
 def means(nats, sums) -> dict:
     """The metrics: `loss` (nats a target), `error` (wrong ones a target), `exact` (share of replies
     that are right as a whole) and `targets`; of a state head, whose loss is in `loss`, its part of
-    that as `state_loss`, and `state_error` (share of replies).
+    that as `state_loss`, and `state_error` (share of replies). Of a codec, `targets` are segments
+    and `loss` is the distance of log-mel spectrograms; beside it are all its losses.
     """
     number = jnp.maximum(sums["targets"], 1)
+    if "mel" in sums:
+        parts = {name: sums[name] / number for name in sums if name not in ("targets", "settle")}
+        return {"loss": parts["mel"], "total": nats / number, **parts, "targets": sums["targets"]}
     of_states = {}
     if "state_nats" in sums:
         of_states = {
@@ -65,20 +82,10 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
     answers. A reply is exact if each of its tokens was the likeliest one: then it is what greedy
     decoding gives. Returns as `make_loss` says.
     """
-    apply = functools.partial(model.apply, {"params": trees.merge(params, frozen)})
-    targets, weights = next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
+    apply = functools.partial(model.apply, lora.variables(config, params, frozen))
     hidden = apply(batch, method="hidden_states")
     logits_of = functools.partial(apply, method="logits")
-    nats, right = next_token_loss(hidden, logits_of, targets, config.loss_chunk)
-    wrong = weights * ~right
-    replies, flawed = (of_conversations(x > 0, batch.segment_ids) for x in (weights, wrong))
-    total = (nats * weights).sum()
-    sums = {
-        "targets": weights.sum(),
-        "wrong": wrong.sum(),
-        "replies": replies.sum(),
-        "exact": (replies & ~flawed).sum(),
-    }
+    total, sums = _next_tokens(config, hidden, logits_of, batch)
     if states is not None:
         state_nats, right, number = state_loss(apply(hidden, method="state_logits"), states)
         total += state_nats
@@ -86,14 +93,36 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
     return total, sums
 
 
+def speak_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
+    """The next codec token of each utterance, and its end. Source: the release's speech decoder
+    (its loss is the sum). Returns as `make_loss` says.
+    """
+    apply = functools.partial(model.apply, lora.variables(config, params, frozen))
+    hidden = apply(batch, method="spoken_states")
+    logits_of = functools.partial(apply, method="spoken_logits")
+    return _next_tokens(config, hidden, logits_of, batch)
+
+
+def _next_tokens(config, hidden, logits_of, batch):
+    """The loss of the next token, summed over targets, and its counts."""
+    targets, weights = next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
+    nats, right = next_token_loss(hidden, logits_of, targets, config.loss_chunk)
+    wrong = weights * ~right
+    replies, flawed = (of_conversations(x > 0, batch.segment_ids) for x in (weights, wrong))
+    return (nats * weights).sum(), {
+        "targets": weights.sum(),
+        "wrong": wrong.sum(),
+        "replies": replies.sum(),
+        "exact": (replies & ~flawed).sum(),
+    }
+
+
 def hear_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     """What each clip says, by CTC; wrong units are those that an edit adds, drops or replaces.
     Returns as `make_loss` says.
     """
-    params = trees.merge(params, frozen)
-    logits, num_frames = model.apply(
-        {"params": params}, batch.audio, batch.audio_mask, method="unit_logits"
-    )
+    variables = lora.variables(config, params, frozen)
+    logits, num_frames = model.apply(variables, batch.audio, batch.audio_mask, method="unit_logits")
     labels, num_labels = ctc_targets(
         batch.tokens, batch.positions, batch.segment_ids, batch.audio.shape[1], logits.shape[1]
     )
@@ -106,3 +135,89 @@ def hear_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
         "replies": real.sum(),
         "exact": (real & (wrong == 0)).sum(),
     }
+
+
+def code_loss(config: TrainConfig, model: Vita, training: bool, params, frozen, batch: Batch):
+    """What the codec loses of pieces of clips, and what its discriminators make of the difference.
+
+    Both networks learn from one pass: the gradient of the codec's part stops at the discriminators'
+    weights, that of the discriminators' part at the waveform. Returns as `make_loss` says.
+    """
+    tree = trees.merge(params, frozen)
+    judges = tree.pop("discriminators", None)
+    real, other = batch.waveform[:, 0], batch.waveform[:, 1]
+
+    def hear(model, real, other):
+        codes, global_tokens, latents = model.codec.encode(real)
+        fake = model.codec.decoder(latents.quantized, latents.quantized_timbre)
+        return fake, codes, global_tokens, latents, model.codec.timbre(other)
+
+    # The statistics of the batch in the place of the fixed ones.
+    mutable = ["batch_stats"] if training and _has_statistics(params) else []
+    (fake, codes, global_tokens, latents, other_timbre), news = model.apply(
+        {"params": tree}, real, other, method=hear, mutable=mutable
+    )
+
+    def judge(judges, x):
+        return Discriminators(config.discriminator_channels).apply({"params": judges}, x)
+
+    judged = [(), ()]
+    if training and judges is not None:
+        judged = [judge(jax.lax.stop_gradient(judges), x) for x in (real, fake)]
+    parts = generator_losses(
+        real, fake, *judged, latents.loss, latents.timbre, other_timbre,
+        config.model.codec.sample_rate_hz,
+    )  # fmt: skip
+    if training and judges is not None:
+        made = jax.lax.stop_gradient(fake)
+        parts |= discriminator_losses(judge(judges, real), judge(judges, made))
+    is_real = (batch.segment_ids > 0).any(axis=1)  # a row of held-out samples may be empty
+    sums = {name: jnp.where(is_real, loss, 0).sum() for name, loss in parts.items()}
+    total = sum(sums.values())
+    sums["targets"] = is_real.sum(dtype=jnp.float32)
+    if training:
+        groups = latents.timbre.reshape(*global_tokens.shape, -1)
+        sums["settle"] = jax.lax.stop_gradient(
+            {
+                "statistics": news.get("batch_stats", {}),
+                "code": (codes.reshape(-1), latents.encoded.reshape(codes.size, -1)),
+                "global": (global_tokens.T, groups.swapaxes(0, 1)),
+            }
+        )
+    return total, sums
+
+
+def settle(config: TrainConfig, params, use, found, step):
+    """What a step of the codec changes without a gradient: running statistics, and codewords that
+    are out of use.
+
+    Args:
+      config: the stage.
+      params: what trains.
+      use: running use of the codewords that train, by codebook (see `codebooks.reseed`).
+      found: `settle` of the sums of `code_loss`.
+      step: int32[] of the run; draws follow from it and the seed.
+
+    Returns:
+      params and use as they are now, and metrics: `perplexity`, `global_perplexity`.
+    """
+    flat, use, metrics = trees.flatten(params), dict(use), {}
+    news = trees.flatten(found["statistics"])
+    flat |= {path: value for path, value in news.items() if path in flat}
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    keys = jax.random.split(key, 1 + config.model.codec.num_global_tokens)
+    for name, reseed, key, label in (
+        ("code", codebooks.reseed, keys[0], "perplexity"),
+        ("global", jax.vmap(codebooks.reseed), keys[1:], "global_perplexity"),
+    ):
+        if name not in use:
+            continue
+        path = f"codec/codebooks/{name}"
+        flat[path], use[name], counts = reseed(flat[path], use[name], *found[name], key)
+        metrics[label] = codebooks.perplexity(counts).mean()
+    return trees.unflatten(flat), use, metrics
+
+
+def _has_statistics(params):
+    """Whether a batch norm trains."""
+    return any(path.endswith("running_mean") for path in trees.flatten(params))

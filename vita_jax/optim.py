@@ -6,6 +6,7 @@ given trainable parameters only, so frozen ones have no state.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -56,9 +57,20 @@ def make_optimizer(config: OptimConfig, num_steps: int, paths) -> optax.Gradient
         return jax.tree.map(lambda u, factor: u * factor, updates, trees.unflatten(factors))
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.stateless(functools.partial(_clip, config.clip_norm)),
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype),
         optax.add_decayed_weights(config.weight_decay, trees.unflatten(decays)),
         optax.stateless(scale_by_path),
         optax.scale_by_learning_rate(schedule(config, num_steps)),
     )
+
+
+def _clip(longest, updates, params=None):
+    """Clips the gradient of discriminators, if there are any, and that of all else, each by itself:
+    they are those of two losses.
+    """
+    del params
+    clip = optax.clip_by_global_norm(longest)
+    judges = {name: updates[name] for name in updates if name == "discriminators"}
+    rest = {name: updates[name] for name in updates if name not in judges}
+    return {name: tree for x in (judges, rest) for name, tree in clip.update(x, None)[0].items()}

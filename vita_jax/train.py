@@ -17,6 +17,7 @@ Read next: `feed.py`, `objectives.py`, `optim.py`, `train_state.py`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -32,10 +33,12 @@ import optax
 from jax.experimental import multihost_utils
 
 from vita_jax import config as configs
+from vita_jax import lora, train_state
 from vita_jax import params as trees
-from vita_jax import train_state
 from vita_jax.batch import Batch
 from vita_jax.config import TrainConfig
+from vita_jax.data import synthetic
+from vita_jax.evaluate import Listener
 from vita_jax.feed import (
     load_tokenizer,
     make_loaders,
@@ -43,10 +46,12 @@ from vita_jax.feed import (
     same_size,
     state_of,
     used_parts,
+    with_tokens,
+    with_voice,
     work_of,
 )
 from vita_jax.losses import state_targets
-from vita_jax.objectives import make_loss, means
+from vita_jax.objectives import make_loss, means, settle
 from vita_jax.optim import make_optimizer, schedule
 from vita_jax.sharding import batch_sharding, make_mesh, rules
 from vita_jax.train_log import RunLog
@@ -54,6 +59,7 @@ from vita_jax.train_state import State
 
 log = logging.getLogger(__name__)
 
+CODEWORDS = "codec/codebooks/code"
 # What may differ when a run goes on: where it is computed and what is kept, not the numbers.
 _MAY_CHANGE = (
     "mesh", "remat", "log_every", "save_every", "validate_every", "keep", "max_skipped",
@@ -103,7 +109,10 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     saves = train_state.Saves(workdir / "saves", config.keep)
     saved = saves.restore(shapes)
     if saved is None:
-        begin = functools.partial(train_state.start, optimizer=optimizer)
+        drawn = origins.get(CODEWORDS) is not None and origins[CODEWORDS].file is None
+        begin = functools.partial(
+            train_state.start, optimizer=optimizer, codebooks_use=0.0 if drawn else 1.0
+        )
         state = jax.jit(begin, out_shardings=shardings)(train_state.place(origins, trained))
     else:
         state, loader_state = saved
@@ -113,7 +122,8 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
 
     step = make_step(config, optimizer, tuple(tokenizer.state_ids.values()))
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    score = jax.jit(make_loss(config))
+    score = jax.jit(make_loss(config, training=False))
+    listen = make_listener(config, tokenizer, workdir)
     to_devices = functools.partial(jax.make_array_from_process_local_data, rows)
     with (
         contextlib.closing(RunLog(config, workdir, done)) as run_log,
@@ -142,6 +152,7 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
                 late = None
                 with run_log.aside():
                     scores = validate(config, score, state.params, frozen, held_out(), to_devices)
+                    scores |= listen(state.params, frozen)
                 loss = scores["loss"]
                 run_log.held_out(done, scores, saves.is_best(loss))
             if loss is not None or done % config.save_every == 0 and done < config.num_steps:
@@ -157,6 +168,8 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
             log.info("held out, step %d was the best: it is the one in model/", best)
             state = None  # makes room
             state = saves.restore(shapes, best)[0]
+    model = with_voice(config, workdir).model
+    config = dataclasses.replace(config, model=model)
     train_state.export(workdir / "model", config, origins, state.params, tokenizer)
     log.info("%s: done. Try: vita chat %s", workdir, workdir / "model")
 
@@ -174,31 +187,40 @@ def make_step(config: TrainConfig, optimizer: optax.GradientTransformation, stat
       of `means`, grad_norm, learning_rate, skipped, skipped_now.
     """
     rate = schedule(config.optim, config.num_steps)
-    loss = make_loss(config)
+    gradients = jax.value_and_grad(make_loss(config), has_aux=True)
     has_states = config.model.llm.num_states and config.objective == "next_token"
 
-    def step(state: State, frozen, batch: Batch):
-        def add(sums, piece):
-            new = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, *piece)
-            return jax.tree.map(jnp.add, sums, new), None
+    def in_pieces(function, params, frozen, whole):
+        """Sums over pieces, divided later: a target weighs the same in whatever piece it is."""
+        if config.optim.accumulation == 1:
+            return function(params, frozen, *whole)
 
+        def add(sums, piece):
+            return jax.tree.map(jnp.add, sums, function(params, frozen, *piece)), None
+
+        pieces = jax.tree.map(lambda x: split_rows(x, config.optim.accumulation), whole)
+        shapes = jax.eval_shape(function, params, frozen, *jax.tree.map(lambda x: x[0], pieces))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, pieces)[0]
+
+    def step(state: State, frozen, batch: Batch):
         whole = (batch,)
         if has_states:  # weighed here, as a piece does not know the replies of the others
             whole += (state_targets(batch.tokens, batch.segment_ids, batch.loss_mask, state_ids),)
-        # Sums over pieces, divided once: a target weighs the same in whatever piece it is.
-        pieces = jax.tree.map(lambda x: split_rows(x, config.optim.accumulation), whole)
-        shapes = jax.eval_shape(loss, state.params, frozen, *jax.tree.map(lambda x: x[0], pieces))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, state.params))
-        ((nats, sums), grads), _ = jax.lax.scan(add, zeros, pieces)
+        (nats, sums), grads = in_pieces(gradients, state.params, frozen, whole)
+        found = sums.pop("settle", None)  # of a codec, in one piece
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["targets"], 1), grads)
         norm = optax.tree.norm(grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params, use, metrics = optax.apply_updates(state.params, updates), state.use, {}
+        if found is not None:
+            params, use, metrics = settle(config, params, use, found, state.step)
         finite = jnp.isfinite(nats) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
+        params, opt_state, use = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
+            (params, opt_state, use),
+            (state.params, state.opt_state, state.use),
         )
         after = State(
             step=state.step + 1,
@@ -206,9 +228,11 @@ def make_step(config: TrainConfig, optimizer: optax.GradientTransformation, stat
             opt_state=opt_state,
             skipped=state.skipped + ~finite,
             skipped_now=jnp.where(finite, 0, state.skipped_now + 1),
+            use=use,
         )
         return after, {
             **means(nats, sums),
+            **metrics,
             "grad_norm": norm,
             "learning_rate": rate(state.step - state.skipped),
             "skipped": after.skipped,
@@ -236,7 +260,8 @@ def validate(config, score, params, frozen, batches, to_devices) -> dict[str, fl
     while of_all(int((batch := next(batches, None)) is not None)).any():
         batch = empty if batch is None else batch
         empty = jax.tree.map(np.zeros_like, batch)
-        if unknown := set(used_parts(config, batch)) - {*params, *frozen}:
+        used = {path.split("/")[0] for path in used_parts(config, batch)}
+        if unknown := used - {*params, *frozen}:
             raise ValueError(f"data.held_out: goes through {unknown}, data.mixture does not")
         new = score(params, frozen, jax.tree.map(to_devices, same_size(batch)))
         sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
@@ -244,6 +269,18 @@ def validate(config, score, params, frozen, batches, to_devices) -> dict[str, fl
     if not scores["targets"]:
         raise ValueError("data.held_out: no sample can be used; the log says why")
     return scores
+
+
+def make_listener(config: TrainConfig, tokenizer, workdir: Path):
+    """A function of what trains and what is frozen that gives what judges hear (see `Listener`):
+    nothing, unless one process trains the voice and has recorded speech to validate with.
+    """
+    real = not any(name.startswith(synthetic.PREFIX) for name in config.data.held_out)
+    voice = config.objective in ("codec", "speech")
+    if voice and real and config.data.held_out and jax.process_count() == 1:
+        listener = Listener(with_tokens(config, workdir), tokenizer)
+        return lambda params, frozen: listener(lora.merged(config, params, frozen))
+    return lambda params, frozen: {}
 
 
 def split_rows(x, number: int):

@@ -114,7 +114,8 @@ class RunLog:
     def held_out(self, step: int, metrics: dict[str, float], is_best: bool) -> None:
         """Takes the metrics of a validation."""
         self._write(step, {f"held_out_{name}": value for name, value in metrics.items()})
-        figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "error", "exact"))
+        shown = ("loss", "error", "exact", "stoi", "heard_error")
+        figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         log.info("step %d, held out: %s%s", step, figures, "  (best so far)" * is_best)
 
     def _write(self, step, values):

@@ -24,12 +24,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 
-from vita_jax import checkpoint
+from vita_jax import checkpoint, lora
 from vita_jax import config as configs
 from vita_jax import params as trees
 from vita_jax.config import TrainConfig
 from vita_jax.data import units as ctc
 from vita_jax.models import vita
+from vita_jax.models.discriminators import Discriminators
 from vita_jax.sharding import param_shardings
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class State:
       opt_state: Optax's state for `params`.
       skipped: int32[] updates left out because they were not finite.
       skipped_now: int32[] how many of them since the last finite one.
+      use: running use of the codewords that train, by codebook (see `codebooks.reseed`); mostly {}.
     """
 
     step: jax.Array
@@ -57,6 +59,7 @@ class State:
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_now: jax.Array
+    use: dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Origin:
     Attributes:
       file: safetensors file of its part; None if it is drawn.
       dtype: in which it is stored.
-      box: its entry of `vita.boxed_shapes`.
+      box: its entry of `boxed_shapes`.
       seed: it is drawn with.
     """
 
@@ -86,7 +89,7 @@ class Origin:
 
 
 def origins(config: TrainConfig) -> dict[str, Origin]:
-    """Where each parameter of the model starts: in a folder of `init_from`, or drawn.
+    """Where each parameter starts, adapters included: in a folder of `init_from`, or drawn.
 
     With folders given, only what trains may be drawn (new prompts, say), and it is named in the
     log.
@@ -96,7 +99,7 @@ def origins(config: TrainConfig) -> dict[str, Origin]:
       ValueError: a folder does not fit the model or has nothing that its pattern matches, or
         something frozen is in none.
     """
-    boxed = trees.flatten(vita.boxed_shapes(config.model))
+    boxed = trees.flatten(boxed_shapes(config))
     drawn = functools.partial(Origin, None, np.dtype(np.float32), seed=config.seed)
     found = {path: drawn(box) for path, box in boxed.items()}
     for pattern, folder in init_folders(config):
@@ -111,16 +114,46 @@ def origins(config: TrainConfig) -> dict[str, Origin]:
             found[path] = Origin(file, dtype, boxed[path], config.seed)
     new = [path for path, origin in found.items() if origin.file is None]
     if config.init_from and new:
-        frozen = [path for path in new if not any(re.fullmatch(p, path) for p in config.trainable)]
+        patterns = (*config.trains, "discriminators/.*")
+        frozen = [path for path in new if not any(re.fullmatch(p, path) for p in patterns)]
         checkpoint.refuse([f"missing: {path}" for path in frozen], ", ".join(config.init_from))
         log.info("in no folder of init_from, so drawn at random: %s", ", ".join(new))
     return found
+
+
+def boxed_shapes(config: TrainConfig, parts=None) -> dict:
+    """Shape of every parameter of the model, of the discriminators that its codec is trained with,
+    and of adapters, boxed with its axis names.
+
+    Args:
+      config: the stage.
+      parts: what is wanted, starts of paths, as "llm" or "llm/embedding"; None for all.
+
+    Raises:
+      ValueError: as `lora.boxed_shapes`, of these parts.
+    """
+    boxed = vita.boxed_shapes(config.model)
+    if config.objective == "codec" and config.discriminator_channels:
+        judges, waveform = Discriminators(config.discriminator_channels), jnp.zeros((1, 2400))
+        init = functools.partial(judges.init, jax.random.key(0), waveform)
+        boxed = boxed | {"discriminators": jax.eval_shape(init)["params"]}
+    if parts is not None:
+        flat = trees.flatten(boxed).items()
+        starts = tuple(part + "/" for part in parts)
+        boxed = trees.unflatten({p: box for p, box in flat if (p + "/").startswith(starts)})
+    return boxed | lora.boxed_shapes(config, boxed)
 
 
 def init_folders(config: TrainConfig) -> list[tuple[str, Path]]:
     """(path pattern, folder) of each word of `init_from`."""
     words = [word.rpartition("=") for word in config.init_from]
     return [(pattern or ".*", Path(folder)) for pattern, _, folder in words]
+
+
+def folder_of(config: TrainConfig, path: str) -> Path | None:
+    """The folder of `init_from` that the parameter `path` comes from, or None."""
+    found = [folder for pattern, folder in init_folders(config) if re.fullmatch(pattern, path)]
+    return found[-1] if found else None
 
 
 def units_file(config: TrainConfig) -> str | None:
@@ -165,24 +198,25 @@ def param_shapes(config: TrainConfig, parts, mesh) -> tuple[dict, dict]:
 
     Args:
       config: the stage.
-      parts: of the model that are wanted, as "llm".
+      parts: what is wanted, as for `boxed_shapes`.
       mesh: the mesh.
 
     Raises:
-      ValueError: a pattern of `config.trainable` matches nothing in these parts.
+      ValueError: a pattern of `config.trainable` or `config.lora` matches nothing in these parts.
     """
-    boxed = {part: box for part, box in vita.boxed_shapes(config.model).items() if part in parts}
+    boxed = boxed_shapes(config, parts)
+    patterns = (*config.trains, *[r"discriminators/.*"] * ("discriminators" in boxed))
     shapes = trees.flatten(nn.unbox(boxed))
-    trained, _ = trees.split(nn.unbox(boxed), config.trainable)
+    trained, _ = trees.split(nn.unbox(boxed), patterns)
     exact = {path for path in shapes if path.rsplit("/", 1)[-1] in trees.STATISTICS}
-    exact |= set(trees.flatten(trained))
+    exact |= set(trees.flatten(trained)) | {path for path in shapes if path.startswith("codec/")}
     flat = {
         path: jax.ShapeDtypeStruct(
             shapes[path].shape, "float32" if path in exact else config.dtype, sharding=sharding
         )
         for path, sharding in trees.flatten(param_shardings(boxed, mesh)).items()
     }
-    return trees.split(trees.unflatten(flat), config.trainable)
+    return trees.split(trees.unflatten(flat), patterns)
 
 
 def place(origins: dict[str, Origin], shapes) -> dict:
@@ -205,10 +239,12 @@ def place(origins: dict[str, Origin], shapes) -> dict:
     return trees.unflatten({path: read(path, s) for path, s in trees.flatten(shapes).items()})
 
 
-def start(params, optimizer) -> State:
-    """The state before the first step."""
+def start(params, optimizer, codebooks_use: float = 1.0) -> State:
+    """The state before the first step; codewords that were drawn are of no use (0) yet."""
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, optimizer.init(params), zero, zero)
+    held = params.get("codec", {}).get("codebooks", {})
+    use = {name: jnp.full(words.shape[:-1], codebooks_use) for name, words in held.items()}
+    return State(zero, params, optimizer.init(params), zero, zero, use)
 
 
 def state_shapes(shapes, optimizer, mesh) -> State:
@@ -233,31 +269,45 @@ def state_shapes(shapes, optimizer, mesh) -> State:
         transform_non_params=lambda leaf: at(leaf, everywhere),
     )
     scalar = at(state.step, everywhere)
-    return State(scalar, shapes, opt_state, scalar, scalar)
+    use = jax.tree.map(lambda leaf: at(leaf, everywhere), state.use)
+    return State(scalar, shapes, opt_state, scalar, scalar, use)
 
 
 def export(folder, config: TrainConfig, origins: dict[str, Origin], params, tokenizer) -> None:
-    """Writes the model as a checkpoint folder: what trained in float32, all else as it came.
+    """Writes the model as a checkpoint folder: what trained in float32, all else as it came, but
+    for adapters, which are merged into their weights.
 
     Every process must call this; the first one writes.
 
     Args:
       folder: to write; must not exist.
       config: the stage.
-      origins: as the function of that name gives them.
+      origins: as the function of that name gives them; discriminators are not part of a model.
       params: tree of what trained.
       tokenizer: the model's.
     """
+    origins = {p: o for p, o in origins.items() if not p.startswith("discriminators/")}
     trained = trees.flatten(params)
     tensors = {
         path: jax.ShapeDtypeStruct(o.box.value.shape, "float32" if path in trained else o.dtype)
         for path, o in origins.items()
+        if not path.startswith("lora/")
     }
 
+    def gather(path):
+        return multihost_utils.process_allgather(trained[path], tiled=True)
+
     def values():
-        for path, origin in origins.items():
+        for path in tensors:
+            origin = origins[path]
             if path in trained:
-                yield path, None, multihost_utils.process_allgather(trained[path], tiled=True)
+                yield path, None, gather(path)
+            elif f"lora/{path}/a" in trained:
+                a, b = gather(f"lora/{path}/a"), gather(f"lora/{path}/b")
+                if jax.process_index() == 0:
+                    with origin.open(path) as held:
+                        for layer, value in lora.merge(config.lora, origin.box, held, a, b):
+                            yield path, layer, value
             elif jax.process_index() == 0:
                 with origin.open(path) as held:
                     yield path, None, held[:]

@@ -77,9 +77,8 @@ def test_codes_are_heard_in_full(model, monkeypatch):
     assert len(codes) == len(waveform) / config.codec.samples_per_token == 93
     assert max(codes) < config.speech.num_codes
     # Far from the seams the windows sound like the whole.
-    whole = np.asarray(
-        decode_codes(config, params, np.array([codes], np.int32), np.array([len(codes)]))
-    )[0]
+    tokens, length = np.array([codes], np.int32), np.array([len(codes)])
+    whole = decode_codes(config, params, tokens, length, np.array(config.codec.global_tokens))[0]
     np.testing.assert_allclose(waveform[: 30 * 600], whole[: 30 * 600], atol=1e-4)
 
 

@@ -128,7 +128,7 @@ def save(folder, config: VitaConfig, params, tokenizer: Tokenizer, provenance, l
     write(folder, config, flat, values, tokenizer, provenance, licence)
 
 
-def load(folder, mesh=None, dtype: str = "bfloat16"):
+def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
     """Reads a checkpoint onto the devices; every tensor is checked before the first is read.
 
     The codec is float32 with its weight norm folded, the statistics of the audio encoder are
@@ -138,6 +138,7 @@ def load(folder, mesh=None, dtype: str = "bfloat16"):
       folder: checkpoint folder.
       mesh: each device gets its shard and reads only that; None is one device.
       dtype: "float32", "bfloat16" or "float16".
+      parts: those of the model that are wanted.
 
     Returns:
       The config as it is computed with, and the parameters: nested dict of jax.Array.
@@ -166,6 +167,8 @@ def load(folder, mesh=None, dtype: str = "bfloat16"):
 
     flat = {}
     for part, file in files.items():
+        if part not in parts:
+            continue
         with safe_open(file, framework="np") as tensors:
             held = {f"{part}/{name}": tensors.get_slice(name) for name in tensors.keys()}
             if part == "codec":

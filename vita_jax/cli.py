@@ -23,6 +23,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
+  vita data codec-tokens CKPT SPEECH data/tokens    what the voice learns to say
   vita bench train configs/stage0_text.py --tiny    how fast this machine trains
   vita info vita_7b                                 what a model is made of
 
@@ -99,6 +100,9 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
     chat.add_argument("--video", metavar="F", help="video: mp4, webm, ...")
     chat.add_argument(
         "--out", metavar="WAV", help="write the spoken reply here, and a timeline beside it as .png"
+    )
+    chat.add_argument(
+        "--voice", metavar="F", help="speak in the voice of this clip (of its first 10 s)"
     )
     chat.add_argument("--interactive", action="store_true", help="go on talking")
     chat.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
@@ -246,9 +250,14 @@ units: what stage 2.1a writes with, learnt from the transcripts in SRC (as in a 
 file DST: characters of Chinese, pieces of the words of other languages.
 starter: a few hundred samples for every stage in the new folder DST, from the recordings in SRC, a
 folder with a manifest.jsonl such as tests/data/speech, and the pictures of easy-vqa, which the
-extra `data` brings.""",
+extra `data` brings.
+codec-tokens: the speech in SRC, with its words, as codec tokens in the folder DST, by the codec of
+the checkpoint CKPT: what stage 3.2 learns to say. SRC is a source as in a mixture, or a folder of
+sound files with their words in text files of the same names. If stopped, the same command goes
+on.""",
     )
-    data.add_argument("action", choices=("records", "units", "starter"))
+    data.add_argument("action", choices=("records", "units", "starter", "codec-tokens"))
+    data.add_argument("checkpoint", nargs="?", metavar="CKPT", help="for codec-tokens only")
     data.add_argument("source", metavar="SRC")
     data.add_argument("target", metavar="DST")
     data.add_argument(
@@ -276,7 +285,10 @@ def _chat(args):
             "vita_nano DST`, or convert the published weights with `vita convert`"
         )
     mesh = _mesh(args.mesh)
+    if args.voice and not args.out:
+        raise ValueError(f"--voice {args.voice}: nothing is spoken without --out WAV; add it")
     options = {
+        "voice": args.voice,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
@@ -496,6 +508,11 @@ def _info(args):
 
 
 def _data(args):
+    if (args.checkpoint is None) == (args.action == "codec-tokens"):
+        wanted = "CKPT SRC DST" if args.checkpoint is None else "SRC DST"
+        raise ValueError(f"{args.action}: expected {wanted}")
+    if args.action == "codec-tokens":
+        return _codec_tokens(args)
     if args.action == "units":
         return _units(args)
     if args.action == "starter":
@@ -507,6 +524,19 @@ def _data(args):
         f"{args.target}: {made['samples']} samples, {made['image']} pictures, {made['video']} "
         f"videos, {made['audio']} clips of {made['hours']} h; {made['rejects']} left out"
         + (", see rejects.jsonl" if made["rejects"] else "")
+    )
+
+
+def _codec_tokens(args):
+    from vita_jax.codec_tokens import write
+
+    made = write(args.checkpoint, args.source, args.target, progress=True)
+    used, voices = made["codebook"], made["global_codebooks"]
+    print(
+        f"{args.target}: {made['clips']} clips, {made['hours']} h, {made['tokens']} codec tokens; "
+        f"{made['rejects']} left out" + (", see rejects.jsonl" if made["rejects"] else "") + "\n"
+        f"codebook: perplexity {used['perplexity']:.1f}, {used['dead']:.1%} of the codewords never "
+        f"used; global: perplexity {voices['perplexity']:.1f}"
     )
 
 

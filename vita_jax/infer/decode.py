@@ -19,7 +19,7 @@ from vita_jax.config import VitaConfig
 from vita_jax.infer.sampling import penalize, penalize_seen, sample
 from vita_jax.models.layers import Cache
 from vita_jax.models.llm import init_llm_cache
-from vita_jax.models.speech import cut_embeddings, init_speech_cache
+from vita_jax.models.speech import init_speech_cache
 from vita_jax.models.vita import Vita
 
 
@@ -140,7 +140,7 @@ def start_speech(
     real = jnp.arange(t * n) < length[:, None] * n
 
     def read(model, tokens):
-        pieces = cut_embeddings(model.llm.embed(tokens), config.speech)
+        pieces = model.text_pieces(tokens)
         return model.speech.prefill(pieces, real, init_speech_cache(config.speech, b, num_slots))
 
     cache = Vita(config).apply({"params": params}, tokens, method=read)
@@ -185,12 +185,21 @@ def next_speech(config: VitaConfig, num_codes: int, params, banned, state: Speec
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def decode_codes(config: VitaConfig, params, codes, num_codes):
-    """Waveform float32[B, W] of int32[B, S] codes in the config's voice; only `num_codes` int32[B]
-    are real.
+def decode_codes(config: VitaConfig, params, codes, num_codes, global_tokens):
+    """Waveform float32[B, W] of int32[B, S] codes, of which `num_codes` int32[B] are real, in the
+    voice of int32[G] global tokens.
     """
-    c = config.codec
-    timbre = jnp.broadcast_to(jnp.asarray(c.global_tokens), (codes.shape[0], c.num_global_tokens))
+    timbre = jnp.broadcast_to(global_tokens, (codes.shape[0], config.codec.num_global_tokens))
     return Vita(config).apply(
         {"params": params}, codes, timbre, num_codes, method=lambda m, *a: m.codec.decode(*a)
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hear_voice(config: VitaConfig, params, waveform):
+    """int32[G] global tokens, the voice, of a clip float32[W]."""
+
+    def read(model, waveform):
+        return model.codec.global_tokens(model.codec.timbre(waveform))
+
+    return Vita(config).apply({"params": params}, waveform[None], method=read)[0]

@@ -14,19 +14,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from vita_jax import checkpoint
+from vita_jax.data.audio import read_audio
 from vita_jax.data.collate import bucket, collate
 from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.prompts import PAD, START, STATES
 from vita_jax.data.tokenizer import StreamDecoder, Tokenizer
-from vita_jax.infer.decode import embed_prompt, next_text, start_text
+from vita_jax.infer.decode import embed_prompt, hear_voice, next_text, start_text
 from vita_jax.infer.sampling import Sampler
 from vita_jax.infer.voice import SPEECH_SAMPLER, Segmenter, Voice
 from vita_jax.sharding import make_mesh, rules
+
+MAX_VOICE_S = 10  # of a clip to speak in the voice of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Engine:
         *,
         history=(),
         speak: bool = True,
+        voice=None,
         max_new_tokens: int = 512,
         sampler: Sampler = Sampler(),
         speech_sampler: Sampler = SPEECH_SAMPLER,
@@ -148,6 +153,8 @@ class Engine:
           video: video file or list of frames.
           history: earlier turns (`Reply.turn`), oldest first.
           speak: also answer in speech.
+          voice: a clip to speak in the voice of, 1 s or longer: a file, or (samples, rate in Hz);
+            None is the model's own.
           max_new_tokens: the reply is cut after as many.
           sampler: how text is drawn; greedy by default.
           speech_sampler: how codes are drawn; by default among the two likeliest, as the release
@@ -156,27 +163,27 @@ class Engine:
 
         Raises:
           FileNotFoundError, ValueError: input that cannot be used (see `Processor.prompt`).
-          ValueError: `speak` for a model without a voice.
+          ValueError: `speak` for a model without a voice, `voice` without `speak`.
         """
         if speak and (self.config.speech is None or self.config.codec is None):
             raise ValueError(f"{self.config.name} has no speech decoder or codec: pass speak=False")
+        if voice is not None and not speak:
+            raise ValueError("voice: given with speak=False; leave one of them out")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         history = tuple(history)
         begin = time.perf_counter()
         example = self.processor.prompt(text, images, audio, video, history)
-        return self._run(
-            example,
-            Turn(text, images, audio, video),
-            begin,
-            speak,
-            max_new_tokens,
-            sampler,
-            speech_sampler,
-            seed,
-        )
+        speaker = None
+        if speak:
+            global_tokens = None if voice is None else self._hear_voice(voice)
+            speaker = Voice(
+                self.config, self.params, self.tokenizer, speech_sampler, seed, global_tokens
+            )
+        turn = Turn(text, images, audio, video)
+        return self._run(example, turn, begin, speaker, max_new_tokens, sampler, seed)
 
-    def _run(self, example, turn, begin, speak, max_new_tokens, sampler, speech_sampler, seed):
+    def _run(self, example, turn, begin, voice, max_new_tokens, sampler, seed):
         times = {}
 
         def now(name=None):
@@ -185,9 +192,6 @@ class Engine:
                 times.setdefault(name, seconds)
             return seconds
 
-        voice = (
-            Voice(self.config, self.params, self.tokenizer, speech_sampler, seed) if speak else None
-        )
         decoder, segmenter = StreamDecoder(self.tokenizer), Segmenter()
         texts, sounds, state = [], [], None
 
@@ -235,6 +239,19 @@ class Engine:
                 times_s=times,
             )
         )
+
+    def _hear_voice(self, clip):
+        """int32[G] global tokens of a clip: of its whole seconds, ten at most."""
+        rate_hz = self.config.codec.sample_rate_hz
+        waveform = read_audio(clip, rate_hz)
+        seconds = min(len(waveform) // rate_hz, MAX_VOICE_S)
+        if not seconds:
+            name = clip if isinstance(clip, (str, Path)) else "voice"
+            raise ValueError(
+                f"{name}: {len(waveform) / rate_hz:.2f} s of sound; give at least 1 s of the voice"
+            )
+        with self._on_mesh():
+            return np.asarray(hear_voice(self.config, self.params, waveform[: seconds * rate_hz]))
 
     def _tokens(self, example, max_new_tokens, sampler, seed, now):
         """The ids of the reply one by one, up to a stop token, which is not given out."""

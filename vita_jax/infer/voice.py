@@ -62,18 +62,24 @@ class Voice:
     """Speaks the segments it is given, in order; `advance` does the next bit of work."""
 
     def __init__(
-        self, config: VitaConfig, params, tokenizer: Tokenizer, sampler: Sampler, seed: int
+        self,
+        config: VitaConfig,
+        params,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        seed: int,
+        global_tokens=None,
     ):
-        """Starts silent; `sampler` draws the codes, `seed` makes the draws."""
+        """Starts silent; `sampler` draws the codes, `seed` makes the draws. int32[G]
+        `global_tokens` are the voice, None is the config's.
+        """
         self._config, self._params, self._tokenizer = config, params, tokenizer
+        self._global_tokens = _voice(config, global_tokens)
         self._sampling, self._num_recent = sampler.arrays(), max(sampler.penalty_window, 1)
         if not sampler.penalty_window:
             self._sampling["penalty"] = np.float32(1)
         self._key = jax.random.key(seed)
-        self._banned = jnp.isin(
-            jnp.arange(config.speech.vocab_size),
-            jnp.array([config.speech.bos_id, config.speech.sos_id, config.speech.pad_id]),
-        )
+        self._banned = _banned(config.speech)
         self._waiting: collections.deque[str] = collections.deque()
         self._state = self._synthesis = None
         self._num_codes = 0
@@ -138,9 +144,72 @@ class Voice:
         padded = np.zeros((1, CHUNK_CODES + 2 * PADDING_CODES), np.int32)
         padded[0, : len(codes)] = codes
         waveform = decode_codes(
-            self._config, self._params, padded, np.array([len(codes)], np.int32)
+            self._config,
+            self._params,
+            padded,
+            np.array([len(codes)], np.int32),
+            self._global_tokens,
         )
         return np.asarray(waveform)[0, : len(codes) * self._config.codec.samples_per_token]
+
+
+def speak(
+    config: VitaConfig,
+    params,
+    tokenizer: Tokenizer,
+    texts,
+    max_codes: int = MAX_CODES,
+    sampler: Sampler = SPEECH_SAMPLER,
+    seed: int = 0,
+    global_tokens=None,
+) -> list[np.ndarray]:
+    """Several texts at once, each as one segment: float32[W] waveforms, not cut into chunks.
+
+    Args:
+      config: of the model.
+      params: its parameters; of the LLM the input embeddings will do.
+      tokenizer: its tokenizer.
+      texts: one or more, none of them empty.
+      max_codes: where a text that does not end is cut off.
+      sampler: how codes are drawn.
+      seed: of the draws.
+      global_tokens: int32[G] the voice; None is the config's.
+    """
+    ids = [tokenizer.encode(speakable(text)) for text in texts]
+    lengths = np.array(list(map(len, ids)), np.int32)
+    tokens = np.zeros((len(ids), bucket(lengths.max(), 8)), np.int32)
+    for row, text in zip(tokens, ids):
+        row[: len(text)] = text
+    calls = -(-max_codes // CHUNK_CODES)
+    num_slots = 2 + tokens.shape[1] * config.speech_frames_per_token + calls * CHUNK_CODES
+    key, sampling = jax.random.key(seed), sampler.arrays()
+    state = start_speech(config, num_slots, 1, params, tokens, lengths, key)
+    codes = []
+    for _ in range(calls):
+        new, state = next_speech(
+            config, CHUNK_CODES, params, _banned(config.speech), state, sampling
+        )
+        codes.append(np.asarray(new))
+        if np.asarray(state.done).all():
+            break
+    codes = np.concatenate(codes, axis=1)
+    over = codes == config.speech.eos_id
+    num_codes = np.where(over.any(axis=1), over.argmax(axis=1), codes.shape[1]).astype(np.int32)
+    waveforms = decode_codes(
+        config, params, np.where(over, 0, codes), num_codes, _voice(config, global_tokens)
+    )
+    samples = num_codes * config.codec.samples_per_token
+    return [row[:size] for row, size in zip(np.asarray(waveforms), samples)]
+
+
+def _voice(config, global_tokens):
+    return np.asarray(config.codec.global_tokens if global_tokens is None else global_tokens)
+
+
+def _banned(config):
+    """bool[V] ids that are no codes and do not end speech either."""
+    ids = jnp.array([config.bos_id, config.sos_id, config.pad_id])
+    return jnp.isin(jnp.arange(config.vocab_size), ids)
 
 
 def speakable(text: str) -> str:

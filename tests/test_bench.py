@@ -41,15 +41,37 @@ def test_the_loader():
 
 
 def test_the_peer_trains_an_llm():
-    with pytest.raises(ValueError, match="take stage 0"):
+    with pytest.raises(ValueError, match="take stage 0, 3.1 or 3.2"):
         bench.train_beside_torch(stage("stage1_1_vision_alignment"))
 
 
+def test_seconds_of_speech():
+    for name, words, seconds in (
+        ("stage3_1_codec", ["data.max_tokens=8"], 8 * 8 / 40),
+        # Two utterances a row, a quarter of each text; BOS, and SOS beside it.
+        ("stage3_2_speech_decoder", ["data.max_tokens=128"], 8 * 2 * (64 - 18) / 40),
+    ):
+        config = stage(name, *words)
+        batch = bench.full_batch(config, segments=2)
+        assert bench.speech_s(config, batch) == pytest.approx(seconds)
+    eos = batch.tokens == config.model.speech.eos_id
+    assert (eos.sum(axis=1) == 2).all() and eos[:, [63, 127]].all()
+    assert bench.speech_s(stage("stage0_text"), batch) == 0
+
+
 @pytest.mark.peer
-def test_the_peer_does_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("stage0_text", ["data.max_tokens=64", "model.llm.num_layers=2"]),
+        ("stage3_1_codec", ["data.max_tokens=4", "model=vita_tiny", "discriminator_channels=4"]),
+        ("stage3_2_speech_decoder", ["data.max_tokens=64", "model=vita_tiny", "dtype=float32"]),
+    ],
+)
+def test_the_peer_does_the_same(name, words, monkeypatch):
     monkeypatch.setattr(bench, "WARM_UP", 1)
-    words = "mesh=[1,1,1]", "data.batch_size=1", "data.max_tokens=64", "model.llm.num_layers=2"
-    config = load_config(ROOT / "configs" / "stage0_text.py", words)
+    words = "mesh=[1,1,1]", "data.batch_size=2", "init_from=[]", *words
+    config = load_config(ROOT / "configs" / f"{name}.py", words)
     figures = bench.train_beside_torch(config, num_steps=2)
-    np.testing.assert_allclose(figures["our_loss"], figures["torch_loss"], rtol=1e-5)
+    np.testing.assert_allclose(figures["our_loss"], figures["torch_loss"], rtol=1e-4)
     assert figures["ratio"] == figures["torch_s"] / figures["ours_s"]

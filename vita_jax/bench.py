@@ -18,8 +18,8 @@ import numpy as np
 
 from vita_jax import config as configs
 from vita_jax import params as trees
-from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
-from vita_jax.config import LlmConfig, TrainConfig
+from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, TEXT_TOKEN, Batch
+from vita_jax.config import TrainConfig
 
 WARM_UP = 3  # steps before the clock starts
 SEGMENTS = 4  # conversations packed in a row
@@ -35,7 +35,8 @@ def train(config: TrainConfig, num_steps: int = 10) -> dict[str, float]:
 
     Returns:
       seconds a step (median), tokens a second, model_tflops a second, matmul_tflops a second (the
-      limit), mfu (their ratio), memory_gb at the most (0 where the device does not say).
+      limit), mfu (their ratio), memory_gb at the most (0 where the device does not say); of stages
+      that train the voice also speech_s_per_s, seconds of speech a second.
     """
     import jax
 
@@ -45,7 +46,8 @@ def train(config: TrainConfig, num_steps: int = 10) -> dict[str, float]:
     step = OurStep(config)
     seconds = statistics.median(_timed(step, num_steps))
     memory = jax.local_devices()[0].memory_stats() or {}
-    return {
+    of_speech = {"speech_s_per_s": step.speech_s / seconds} if step.speech_s else {}
+    return of_speech | {
         "seconds": seconds,
         "tokens_per_s": step.tokens / seconds,
         "model_tflops": step.flops / seconds / 1e12,
@@ -58,8 +60,9 @@ def train(config: TrainConfig, num_steps: int = 10) -> dict[str, float]:
 def train_beside_torch(
     config: TrainConfig, num_steps: int = 10, num_cores: int = 1
 ) -> dict[str, float]:
-    """The step of a stage that trains an LLM on text, and the same in PyTorch: transformers' Qwen2
-    of the same size with the same weights and batch, AdamW and clipping, in the same dtype.
+    """The step of a stage, and the same in PyTorch with the same weights and batch, AdamW and
+    clipping, in the same dtype: an LLM on text beside transformers' Qwen2, the codec and its
+    discriminators, and the speech decoders beside renderings of our own (`peer.py`).
 
     Both are processes pinned to the same cores; steps of the two take turns, so that whatever else
     the machine does meets both.
@@ -71,20 +74,26 @@ def train_beside_torch(
 
     Returns:
       ours_s and torch_s a step (medians), ratio (theirs to ours: above 1 we are ahead), the two
-      losses of the first step.
+      losses of the first step, and of stages that train the voice speech_s, seconds of speech in a
+      step.
 
     Raises:
       ModuleNotFoundError: there is no PyTorch or no transformers.
-      ValueError: the stage trains something else than the LLM.
+      ValueError: no peer does what the stage does.
     """
-    if any(not path.startswith("llm/") for path in config.trainable):
-        raise ValueError(f"{config.trainable}: the peer trains an LLM on text; take stage 0")
+    on_text = all(path.startswith("llm/") for path in config.trainable)
+    if config.lora or config.objective == "ctc" or config.objective == "next_token" and not on_text:
+        raise ValueError(
+            f"objective={config.objective!r}, trainable={config.trainable}: no peer does that; "
+            "take stage 0, 3.1 or 3.2"
+        )
+    torch_step = {"next_token": TorchText, "codec": TorchCodec, "speech": TorchSpeech}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(num_cores)
     os.environ |= {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # idle threads do not spin
     cores = sorted(os.sched_getaffinity(0))[:num_cores]
     spawn, pipes, workers = multiprocessing.get_context("spawn"), [], []
-    for kind in (OurStep, TorchStep):
+    for kind in (OurStep, torch_step[config.objective]):
         here, there = spawn.Pipe()
         given = kind, configs.to_json(config), cores, there
         workers.append(spawn.Process(target=_serve, args=given, daemon=True))
@@ -97,7 +106,8 @@ def train_beside_torch(
         pipe.close()
         worker.join()
     ours_s, torch_s = map(statistics.median, zip(*times))
-    return {
+    speech = {"speech_s": of_speech} if (of_speech := speech_s(config, full_batch(config))) else {}
+    return speech | {
         "ours_s": ours_s,
         "torch_s": torch_s,
         "ratio": torch_s / ours_s,
@@ -143,6 +153,7 @@ class OurStep:
 
     Attributes:
       tokens, flops: of a step.
+      speech_s: seconds of speech in a step, of stages that train the voice.
     """
 
     def __init__(self, config: TrainConfig, segments: int = SEGMENTS):
@@ -172,6 +183,7 @@ class OurStep:
         self._frozen = _weights(config, frozen)
         self._batch = jax.device_put(batch, rows)
         self.tokens, self.flops = work_of(config, paths, batch)
+        self.speech_s = speech_s(config, batch)
         step = jax.jit(
             make_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
         )
@@ -187,27 +199,18 @@ class OurStep:
         return float(metrics["loss"])
 
 
-class TorchStep:
+class TorchText:
     """The same for transformers' Qwen2, from the same weights."""
 
     def __init__(self, config: TrainConfig, segments: int):
         import torch
 
-        from vita_jax import tables
-        from vita_jax.models.vita import param_shapes
+        from vita_jax import peer, tables
 
         self._clip_norm = config.optim.clip_norm
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._model = qwen2(config.model.llm).train()
-        flat = trees.flatten(_weights(config, {"llm": param_shapes(config.model)["llm"]})["llm"])
-        flat = {path: np.asarray(value) for path, value in flat.items()}
-        held = tables.to_published(flat, tables.assign(tables.LLM, flat))
-        self._model.load_state_dict({name: torch.tensor(x.copy()) for name, x in held.items()})
-        optim = config.optim
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=optim.learning_rate, betas=(optim.b1, optim.b2),
-            eps=optim.eps, weight_decay=optim.weight_decay, fused=True,
-        )  # fmt: skip
+        self._model = peer.qwen2(config.model.llm).train()
+        peer.load(self._model, _torch_weights(config, "llm"), tables.LLM)
+        self._optimizer = peer.adamw(self._model, config.optim)
         batch = full_batch(config, segments)
         self._tokens = torch.tensor(np.asarray(batch.tokens), dtype=torch.long)
         self._bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -224,29 +227,63 @@ class TorchStep:
         return loss.item()
 
 
-def qwen2(config: LlmConfig):
-    """transformers' Qwen2 of these sizes, its weights random.
+class TorchCodec:
+    """The same for the codec and its discriminators."""
 
-    Raises:
-      ModuleNotFoundError: there is no PyTorch or no transformers.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    def __init__(self, config: TrainConfig, segments: int):
+        import torch
 
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.embed_dim,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=False,
-        )
-    )
+        from vita_jax import peer, tables
+
+        codec, judges = peer.codec(config.model.codec).train(), None
+        rules = tables.codec_rules(config.model.codec)
+        peer.load(codec, _torch_weights(config, "codec"), rules)
+        if config.discriminator_channels:
+            judges = peer.discriminators(config.discriminator_channels)
+            peer.load(judges, _torch_weights(config, "discriminators"), peer.discriminator_rules())
+        optimizers = [peer.adamw(part, config.optim) for part in (codec, judges) if part]
+        waveform = torch.tensor(full_batch(config, segments).waveform)
+        rate_hz, clip_norm = config.model.codec.sample_rate_hz, config.optim.clip_norm
+        given = waveform[:, 0], waveform[:, 1], rate_hz, clip_norm
+        self._step = lambda: peer.codec_step(codec, judges, optimizers, *given)
+
+    def __call__(self) -> float:
+        return self._step()
+
+
+class TorchSpeech:
+    """The same for the speech decoders, an utterance a row."""
+
+    def __init__(self, config: TrainConfig, segments: int):
+        import torch
+
+        from vita_jax import peer, tables
+
+        c, batch = config.model.speech, full_batch(config, segments)
+        model = peer.speech(c).train()
+        peer.load(model, _torch_weights(config, "speech"), tables.SPEECH)
+        optimizer = peer.adamw(model, config.optim)
+        table = torch.tensor(_torch_weights(config, "llm/embedding")["embedding"])
+        text = table[torch.tensor(batch.text, dtype=torch.long)]
+        text = text.reshape(len(text), -1, c.embed_dim)
+        codes = torch.tensor(batch.tokens[:, 2 + text.shape[1] : -1], dtype=torch.long)
+        num_codes = torch.full((len(codes),), codes.shape[1])
+        mask = torch.ones(text.shape[:2], dtype=torch.bool)
+        given = text, mask, codes, num_codes, c, config.optim.clip_norm
+        self._bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16")
+        self._step = lambda: peer.speech_step(model, optimizer, *given)
+
+    def __call__(self) -> float:
+        with self._bfloat16:
+            return self._step()
+
+
+def speech_s(config: TrainConfig, batch: Batch) -> float:
+    """Seconds of speech in a batch; 0 of stages that do not train the voice."""
+    if config.objective not in ("codec", "speech"):
+        return 0.0
+    codec = config.model.codec
+    return float(batch.loss_mask.sum()) * codec.samples_per_token / codec.sample_rate_hz
 
 
 def full_batch(config: TrainConfig, segments: int = SEGMENTS) -> Batch:
@@ -266,6 +303,11 @@ def full_batch(config: TrainConfig, segments: int = SEGMENTS) -> Batch:
         segment_ids=np.tile((1 + at // size).astype(np.int32), (b, 1)),
         loss_mask=np.ones((b, t), np.float32),
     )
+    if config.objective == "codec":
+        waveform = 0.1 * rng.standard_normal(shapes.waveform.shape, np.float32)
+        return batch.replace(waveform=waveform)
+    if config.objective == "speech":
+        return _spoken(config, batch, size)
     used = 0
     for name, mask, token, length in (
         ("tiles", "tile_mask", IMAGE_TOKEN, config.model.vision.embeddings_per_tile),
@@ -292,26 +334,67 @@ def full_batch(config: TrainConfig, segments: int = SEGMENTS) -> Batch:
     return batch
 
 
+def _spoken(config, batch, size):
+    """The batch as utterances of `size` tokens, a quarter of them of text."""
+    c, n = config.model.speech, config.model.speech_frames_per_token
+    length = batch.tokens.shape[1]
+    words = max(size // (4 * n), 1)
+    at, sos = batch.positions, words * n + 1
+    tokens = np.where(at > sos, batch.tokens % c.num_codes, TEXT_TOKEN)
+    tokens = np.where(at == 0, c.bos_id, np.where(at == sos, c.sos_id, tokens))
+    ends = np.diff(batch.segment_ids, axis=1, append=0) != 0
+    tokens = np.where(ends, c.eos_id, tokens)
+    segments = -(-length // size)
+    text = np.random.default_rng(1).integers(
+        0, config.model.llm.vocab_size, (len(tokens), segments * words), np.int32
+    )
+    ids = np.tile(np.repeat(np.arange(1, segments + 1, dtype=np.int32), words), (len(tokens), 1))
+    mask = (at > sos).astype(np.float32)
+    tokens = tokens.astype(np.int32)
+    return batch.replace(tokens=tokens, loss_mask=mask, text=text, text_segment_ids=ids)
+
+
 def _weights(config, shapes):
     """Random parameters, drawn where they are to lie: a tree of arrays as `shapes` says."""
     import jax
 
-    from vita_jax.models.vita import boxed_shapes
+    from vita_jax.train_state import boxed_shapes
 
-    boxes = trees.flatten(boxed_shapes(config.model))
+    boxes = trees.flatten(boxed_shapes(config))
 
     def draw():
         return trees.unflatten(
             {
                 path: boxes[path].mean
                 + boxes[path].std
-                * jax.random.normal(jax.random.key(zlib.crc32(path.encode())), s.shape, s.dtype)
+                * jax.random.normal(
+                    jax.random.key(zlib.crc32(path.encode()), impl="rbg"), s.shape, s.dtype
+                )
                 for path, s in trees.flatten(shapes).items()
             }
         )
 
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
     return jax.jit(draw, out_shardings=shardings)()
+
+
+def _torch_weights(config, path):
+    """The weights at and below `path` as our step draws them, a tree of NumPy arrays; PyTorch is
+    told how many threads it may use.
+    """
+    import jax
+    import torch
+
+    from vita_jax.train_state import boxed_shapes
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {
+        name: jax.ShapeDtypeStruct(box.value.shape, np.float32, sharding=here)
+        for name, box in trees.flatten(boxed_shapes(config, (path,))).items()
+    }
+    tree = jax.tree.map(np.asarray, _weights(config, trees.unflatten(shapes)))
+    return tree[path.split("/")[0]]
 
 
 def _timed(step, number):

@@ -14,12 +14,17 @@ source launch/venv.sh "[data]"
 if [ $# = 0 ]; then
     # Without stage 0, which is for models built from nothing: these start from Qwen2.5 and InternViT.
     for stage in 1_1_vision_alignment 1_2_vision_understanding 1_3_vision_sft \
-        2_1a_speech_encoder 2_1b_speech_adapter 2_2_audio_sft; do
+        2_1a_speech_encoder 2_1b_speech_adapter 2_2_audio_sft 3_1_codec 3_2_speech_decoder; do
+        if [ $stage = 3_2_speech_decoder ]; then
+            for split in data data/held_out; do
+                .venv/bin/vita data codec-tokens runs/s3_1/model $split/speech $split/codec_tokens
+            done
+        fi
         workdir=runs/s${stage%%_[a-z]*}
         .venv/bin/vita train configs/stage$stage.py --workdir $workdir
         [ -e $workdir/model ] || exit 1 # stopped, and saved
     done
-    exec .venv/bin/vita chat runs/s2_2/model \
+    exec .venv/bin/vita chat runs/s3_2/model --out reply.wav \
         --image vita_jax/samples/picture.jpg --audio vita_jax/samples/question_en.wav
 fi
 
@@ -52,8 +57,15 @@ train 2_1b_speech_adapter speech '{"data/speech":1}' $heard data.max_tokens=560 
     optim.learning_rate=1e-2 num_steps=80
 train 2_2_audio_sft qa '{"data/captions":0.05,"data/qa":0.9,"data/noise":0.05}' $seen $heard \
     data.spoken_share=0.5 init_from=runs/s2_1b/model num_steps=80
+train 3_1_codec speech '{"data/speech":1}' data.max_tokens=20 \
+    'init_from="(vision|audio|llm|speech)/.*=runs/s2_2/model"' num_steps=80
+for split in $out/data $out/data/held_out; do
+    .venv/bin/vita data codec-tokens $out/runs/s3_1/model $split/speech $split/codec_tokens
+done
+train 3_2_speech_decoder codec_tokens '{"data/codec_tokens":1}' data.max_tokens=512 \
+    init_from=runs/s3_1/model num_steps=80
 
 pictures=($out/data/held_out/qa/*.png)
-.venv/bin/vita chat $out/runs/s2_2/model --image "${pictures[0]}" --max-new-tokens 60 \
-    --audio tests/data/speech/clips/en_af_alloy_2ad6922fe0.ogg
+.venv/bin/vita chat $out/runs/s3_2/model --image "${pictures[0]}" --max-new-tokens 60 \
+    --audio tests/data/speech/clips/en_af_alloy_2ad6922fe0.ogg --out $out/reply.wav
 .venv/bin/vita plot $out/runs/*/ --out $out/curves.png --falling

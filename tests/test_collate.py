@@ -84,6 +84,8 @@ def test_cut():
     assert least.audio.shape == (2, 2, 375, 80)
     for name, value in vars(least).items():
         whole = getattr(batch, name)
+        if value is whole is None:
+            continue
         inside = tuple(slice(n) for n in value.shape)
         np.testing.assert_array_equal(whole[inside], value)
         assert np.count_nonzero(whole) == np.count_nonzero(value), name  # only padding went

@@ -55,6 +55,17 @@ def check_order(stages):
     return [Path(args.config).name for args, _ in stages]
 
 
+def with_tokens_before_the_last(commands, runs, data):
+    """The commands that train; codec tokens are made of speech, and of what is held out, between
+    the last two.
+    """
+    *trains, tokens, held_out, last = commands
+    start = ["data", "codec-tokens", f"{runs}/s3_1/model"]
+    assert tokens == [*start, f"{data}/speech", f"{data}/codec_tokens"]
+    assert held_out == [*start, f"{data}/held_out/speech", f"{data}/held_out/codec_tokens"]
+    return [*trains, last]
+
+
 def load(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = cli.parse(words)
@@ -65,8 +76,9 @@ def test_all_stages_tiny(commands, monkeypatch):
     made, *others = commands("--tiny")
     assert made == ["data", "starter", "tests/data/speech", "build/all_stages/data"]
     *trains, chat, plot = others
+    trains = with_tokens_before_the_last(trains, "build/all_stages/runs", "build/all_stages/data")
     stages = [load(words, monkeypatch) for words in trains]
-    files = sorted(path.name for path in (ROOT / "configs").glob("stage[012]*.py"))
+    files = sorted(path.name for path in (ROOT / "configs").glob("stage*.py"))
     assert check_order(stages) == files
     for args, config in stages:
         assert config.model.name == "vita_tiny"
@@ -78,7 +90,7 @@ def test_all_stages_tiny(commands, monkeypatch):
         assert config.data.spoken_share == whole.data.spoken_share
     chat = cli.parse(chat)
     assert chat.checkpoint == stages[-1][0].workdir + "/model" and Path(ROOT, chat.audio).is_file()
-    assert cli.parse(plot).falling
+    assert chat.out and cli.parse(plot).falling
     workdirs = [args.workdir + "/" for args, _ in stages]
     assert plot == ["plot", *workdirs, "--out", "build/all_stages/curves.png", "--falling"]
     assert commands("--tiny") == others  # the data are there
@@ -86,8 +98,9 @@ def test_all_stages_tiny(commands, monkeypatch):
 
 def test_all_stages(commands, monkeypatch):
     *trains, chat = commands()
+    trains = with_tokens_before_the_last(trains, "runs", "data")
     stages = [load(words, monkeypatch) for words in trains]
-    files = sorted(path.name for path in (ROOT / "configs").glob("stage[12]*.py"))
+    files = sorted(path.name for path in (ROOT / "configs").glob("stage[123]*.py"))
     assert check_order(stages) == files
     assert not any(args.tiny or args.overrides for args, _ in stages)
     chat = cli.parse(chat)

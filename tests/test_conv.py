@@ -138,7 +138,8 @@ def test_accelerators_keep_the_convolution_of_xla():
         for platform in ("cpu", "tpu")
     }
     counts = {platform: text.count("stablehlo.convolution") for platform, text in lowered.items()}
-    assert counts["tpu"] == 3 and counts["cpu"] == 3 * how["groups"]
+    # On a CPU one for each group, but 16 groups of few channels are computed as 2.
+    assert how["groups"] == 16 and counts == {"tpu": 3, "cpu": 3 * 2}
 
 
 def test_kernel_of_another_dtype():

@@ -219,6 +219,19 @@ def test_losses_agree_on_every_mesh(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, size", [("stage3_1_codec", 4), ("stage3_2_speech_decoder", 128)])
+def test_the_voice_learns_the_same_on_a_mesh(name, size, tmp_path):
+    """Batch norm and codebooks look at the whole batch, wherever its rows are."""
+    words = "data.batch_size=8", f"data.max_tokens={size}", "num_steps=3"
+    words += ("discriminator_channels=0",)
+    losses = [
+        [line["loss"] for line in run(tmp_path / mesh, f"mesh={mesh}", *words, name=name)]
+        for mesh in ("[1,1,1]", "[2,2,2]")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_restored_on_another_mesh(tmp_path):
     more = ("data.batch_size=8", "num_steps=4", "save_every=2")
     whole = run(tmp_path / "whole", *more)

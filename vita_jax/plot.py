@@ -75,7 +75,7 @@ def _waveform(axes, samples, rate_hz, start, color, label):
 
 # What `curves` draws: metric, its axis.
 PANELS = (
-    ("loss", "loss (nats a target)"),
+    ("loss", "loss (nats a target; of a codec, mel distance)"),
     ("error", "wrong targets (share)"),
     ("exact", "exact replies (share)"),
     ("grad_norm", "length of the gradient"),
@@ -110,6 +110,9 @@ def curves(runs, path) -> tuple[list[str], list[str]]:
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel(label, color=INK)
         axes.spines[["right", "top"]].set_visible(False)
+    for axes, (metric, _) in zip(panels, PANELS):
+        if metric in ("loss", "grad_norm"):  # a codec's are hundreds, those of words a few
+            axes.set_yscale("log")
     for number, (name, lines) in enumerate(runs.items()):
         train = [line for line in lines if "loss" in line]
         if not train:

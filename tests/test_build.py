@@ -88,7 +88,7 @@ def test_by_name_and_without_tensorflow(folder, tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
-    assert run.stdout.strip() == "12 11 ['audio', 'image']", run.stderr
+    assert run.stdout.strip() == "12 11 ['audio', 'image', 'recordings']", run.stderr
 
 
 def test_a_stopped_build_goes_on(folder, tmp_path, monkeypatch):

@@ -161,13 +161,15 @@ def test_small_tokenizers(make, tmp_path):
 
 def test_sizes_fit_the_presets():
     assert load_bundled("vita_tiny").vocab_size == 263 <= vita_tiny().llm.vocab_size
-    assert load_bundled("vita_nano").vocab_size == 6144 == vita_nano().llm.vocab_size
+    assert load_bundled("vita_nano").vocab_size == 4096 == vita_nano().llm.vocab_size
     assert byte_tokenizer().encode("Aé") == [65, 0xC3, 0xA9]
 
 
 def test_nano_is_short_on_what_it_was_made_for():
     nano = load_bundled("vita_nano")
-    assert len(nano.encode(prompts.SYSTEM_PROMPTS["text"])) < 100
+    for prompt in prompts.SYSTEM_PROMPTS.values():
+        assert len(nano.encode(prompts.SYSTEM.format(prompt))) == 1
+    assert len(nano.encode(prompts.USER.format("x") + prompts.ASSISTANT)) == 3
     assert len(nano.encode("What is in the picture?")) == 6
     assert len(nano.encode("这是什么？")) <= 3
     assert len(nano.encode("This is a cat.")) == 5

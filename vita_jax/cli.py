@@ -238,33 +238,66 @@ data: a stage's loader; with --step-s, beside devices that take so long a step."
     )
     info.add_argument("overrides", nargs="*", metavar="key=value")
 
-    data = verb(
-        "data",
-        _data,
-        "make data sets",
-        """
+    data = verb("data", None, "make data sets").add_subparsers(dest="action", required=True)
 
-records: the samples in SRC, a folder or file in the release's format, as ArrayRecord in the new
-folder DST. If stopped, the same command goes on.
-units: what stage 2.1a writes with, learnt from the transcripts in SRC (as in a mixture), to the
-file DST: characters of Chinese, pieces of the words of other languages.
-starter: a few hundred samples for every stage in the new folder DST, from the recordings in SRC, a
-folder with a manifest.jsonl such as tests/data/speech, and the pictures of easy-vqa, which the
-extra `data` brings.
-codec-tokens: the speech in SRC, with its words, as codec tokens in the folder DST, by the codec of
-the checkpoint CKPT: what stage 3.2 learns to say. SRC is a source as in a mixture, or a folder of
-sound files with their words in text files of the same names. If stopped, the same command goes
-on.""",
+    def action(name, run, text, *words):
+        parser = data.add_parser(name, help=text.partition(". ")[0], description=text)
+        parser.set_defaults(run=run)
+        for word in words:
+            parser.add_argument(word.lower(), metavar=word)
+        return parser
+
+    records = action(
+        "records",
+        _records,
+        "A data set of samples. Those in SRC, a folder or file in the release's format, as "
+        "ArrayRecord in the new folder DST. If stopped, the same command goes on.",
+        "SRC",
+        "DST",
     )
-    data.add_argument("action", choices=("records", "units", "starter", "codec-tokens"))
-    data.add_argument("checkpoint", nargs="?", metavar="CKPT", help="for codec-tokens only")
-    data.add_argument("source", metavar="SRC")
-    data.add_argument("target", metavar="DST")
-    data.add_argument(
-        "--size", type=int, default=8000, metavar="N", help="units at most (default: 8000)"
+    records.add_argument("--shards", type=int, metavar="N", help="files (default: 1,000 samples)")
+    records.add_argument("--processes", type=int, metavar="N", help="at a time (default: cores)")
+    units = action(
+        "units",
+        _units,
+        "What stage 2.1a writes with. Learnt from the transcripts in SRC (as in a mixture), to "
+        "the file DST: characters of Chinese, pieces of the words of other languages.",
+        "SRC",
+        "DST",
     )
-    data.add_argument("--shards", type=int, metavar="N", help="files (default: 1,000 samples each)")
-    data.add_argument("--processes", type=int, metavar="N", help="at a time (default: one a core)")
+    units.add_argument("--size", type=int, default=8000, metavar="N", help="most (default: 8000)")
+    action(
+        "starter",
+        _starter,
+        "A few hundred samples for every stage. In the new folder DST, from the recordings in SRC, "
+        "a folder with a manifest.jsonl such as tests/data/speech, and the pictures of easy-vqa, "
+        "which the extra `data` brings.",
+        "SRC",
+        "DST",
+    )
+    build = action(
+        "build",
+        _build,
+        "All that the small model learns from and is judged by. In the folder DST: drawings out of "
+        "npm packages, synthesised and recorded speech, texts, noise; the extra `data` brings what "
+        "makes them. If stopped, the same command goes on.",
+        "DST",
+    )
+    build.add_argument("--bank", metavar="DIR", help="clips made before, with a manifest.jsonl")
+    build.add_argument(
+        "--minutes", type=float, metavar="M", help="of speaking at most (default: all, for hours)"
+    )
+    action(
+        "codec-tokens",
+        _codec_tokens,
+        "Speech as codec tokens. That in SRC, with its words, in the folder DST, by the codec of "
+        "the checkpoint CKPT: what stage 3.2 learns to say. SRC is a source as in a mixture, or a "
+        "folder of sound files with their words in text files of the same names. If stopped, the "
+        "same command goes on.",
+        "CKPT",
+        "SRC",
+        "DST",
+    )
     return top
 
 
@@ -507,21 +540,12 @@ def _info(args):
         print(f"  {part:<16} {number:>15,}")
 
 
-def _data(args):
-    if (args.checkpoint is None) == (args.action == "codec-tokens"):
-        wanted = "CKPT SRC DST" if args.checkpoint is None else "SRC DST"
-        raise ValueError(f"{args.action}: expected {wanted}")
-    if args.action == "codec-tokens":
-        return _codec_tokens(args)
-    if args.action == "units":
-        return _units(args)
-    if args.action == "starter":
-        return _starter(args)
+def _records(args):
     from vita_jax.data.build import records
 
-    made = records(args.source, args.target, args.shards, args.processes, progress=True)
+    made = records(args.src, args.dst, args.shards, args.processes, progress=True)
     print(
-        f"{args.target}: {made['samples']} samples, {made['image']} pictures, {made['video']} "
+        f"{args.dst}: {made['samples']} samples, {made['image']} pictures, {made['video']} "
         f"videos, {made['audio']} clips of {made['hours']} h; {made['rejects']} left out"
         + (", see rejects.jsonl" if made["rejects"] else "")
     )
@@ -530,10 +554,10 @@ def _data(args):
 def _codec_tokens(args):
     from vita_jax.codec_tokens import write
 
-    made = write(args.checkpoint, args.source, args.target, progress=True)
+    made = write(args.ckpt, args.src, args.dst, progress=True)
     used, voices = made["codebook"], made["global_codebooks"]
     print(
-        f"{args.target}: {made['clips']} clips, {made['hours']} h, {made['tokens']} codec tokens; "
+        f"{args.dst}: {made['clips']} clips, {made['hours']} h, {made['tokens']} codec tokens; "
         f"{made['rejects']} left out" + (", see rejects.jsonl" if made["rejects"] else "") + "\n"
         f"codebook: perplexity {used['perplexity']:.1f}, {used['dead']:.1%} of the codewords never "
         f"used; global: perplexity {voices['perplexity']:.1f}"
@@ -543,13 +567,13 @@ def _codec_tokens(args):
 def _units(args):
     from vita_jax.data.units import learn, transcripts
 
-    if Path(args.target).exists():
-        raise ValueError(f"{args.target}: exists already; remove it or choose another name")
-    units, coverage = learn(transcripts(args.source, progress=True), args.size)
-    units.save(args.target)
+    if Path(args.dst).exists():
+        raise ValueError(f"{args.dst}: exists already; remove it or choose another name")
+    units, coverage = learn(transcripts(args.src, progress=True), args.size)
+    units.save(args.dst)
     pieces = units.vocab_size - units.num_characters
     print(
-        f"{args.target}: {units.vocab_size + 1} units: the blank, {units.num_characters} "
+        f"{args.dst}: {units.vocab_size + 1} units: the blank, {units.num_characters} "
         f"characters, {pieces} pieces of words; they write {coverage:.2%} of the words"
     )
 
@@ -557,5 +581,16 @@ def _units(args):
 def _starter(args):
     from vita_jax.data.starter import starter
 
-    made = starter(args.source, args.target, progress=True)["samples"]
-    print(f"{args.target}: " + ", ".join(f"{n} {folder}" for folder, n in made.items()))
+    made = starter(args.src, args.dst, progress=True)["samples"]
+    print(f"{args.dst}: " + ", ".join(f"{n} {folder}" for folder, n in made.items()))
+
+
+def _build(args):
+    from vita_jax.data.nano import build
+
+    made = build(args.dst, args.bank, args.minutes, progress=True)
+    print(
+        f"{args.dst}: {made['drawings']} drawings of {made['concepts']} concepts, "
+        f"{made['clips']} clips of {made['hours']} h, {sum(made['eval'].values())} samples to be "
+        f"judged by; sources and licences in manifest.json"
+    )

@@ -314,9 +314,10 @@ def vita_7b() -> VitaConfig:
 
 
 def vita_nano() -> VitaConfig:
-    """The same architecture with 10-15M parameters, for laptops. Sizes are ours."""
+    """The same architecture with 16M parameters, for laptops. Sizes are ours."""
     return VitaConfig(
         name="vita_nano",
+        max_tiles=1,
         vision=VisionConfig(
             tile_px=112, patch_px=14, embed_dim=160, num_layers=6, num_heads=5, mlp_dim=640,
             out_dim=256,
@@ -326,14 +327,15 @@ def vita_nano() -> VitaConfig:
             adapter_dim=256, out_dim=256,
         ),
         llm=LlmConfig(
-            vocab_size=6144, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2,
+            vocab_size=4096, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2,
             head_dim=32, mlp_dim=512, max_positions=32768,
         ),
-        speech=SpeechConfig(embed_dim=64, num_layers=4, num_heads=4, mlp_dim=256, num_codes=1024),
+        speech=SpeechConfig(embed_dim=256, num_layers=4, num_heads=4, mlp_dim=1024, num_codes=1024),
         codec=CodecConfig(
-            upsample_rates=(8, 5, 5, 3), upsample_kernels=(16, 11, 11, 5), channels=128,
-            encoder_channels=8, code_dim=128, num_codes=1024, global_dim=32, num_global_tokens=8,
-            global_conv=(32, 16, 32), global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
+            upsample_rates=(4, 5, 5, 6), upsample_kernels=(8, 11, 11, 12), channels=192,
+            encoder_channels=8, code_dim=128, num_codes=1024, global_dim=48, num_global_tokens=8,
+            global_conv=(32, 16, 48), global_tokens=(0, 1, 2, 3, 4, 5, 6, 7),
+            resblock_kernels=(3, 7), resblock_dilations=((1, 3), (1, 3)),
         ),
     )
 
@@ -510,7 +512,8 @@ def load_config(path, overrides=(), tiny: bool = False) -> TrainConfig:
     """The stage in a Python file, shrunk if `tiny`, with `overrides` applied.
 
     Args:
-      path: file with a function `get_config() -> TrainConfig`.
+      path: file with a function `get_config() -> TrainConfig`, or FILE:STAGE where the function
+        takes the name of a stage.
       overrides: words such as "optim.learning_rate=1e-4".
       tiny: takes `shrink` of the stage.
 
@@ -518,12 +521,13 @@ def load_config(path, overrides=(), tiny: bool = False) -> TrainConfig:
       FileNotFoundError: there is no such file.
       ValueError: it has no `get_config`, or an override is bad.
     """
+    path, _, stage = str(path).partition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; stages are Python files, see configs/")
-    get_config = runpy.run_path(str(path)).get("get_config")
+    get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ValueError(f"{path}: no get_config() in it; a stage file returns a TrainConfig there")
-    config = get_config()
+    config = get_config(stage) if stage else get_config()
     return override(shrink(config) if tiny else config, overrides)
 
 

@@ -47,7 +47,8 @@ class Reader:
         self.weights = np.cumsum(list(data.mixture.values())) / sum(data.mixture.values())
         media = frozenset().union(*(source.media for source in sources))
         self.has_tiles = bool(media & {"image", "video"}) and objective == "next_token"
-        self.has_audio = "audio" in media and objective in ("next_token", "ctc")
+        heard = media & ({"audio", "recordings"} if data.spoken_share else {"audio"})
+        self.has_audio = bool(heard) and objective in ("next_token", "ctc")
 
     def identity(self):
         """What the stream of samples depends on; not where they lie."""

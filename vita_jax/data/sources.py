@@ -12,10 +12,14 @@ import contextlib
 import json
 import re
 import tempfile
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+if typing.TYPE_CHECKING:
+    from vita_jax.data.drawn import DrawnSource
 
 MEDIA = ("image", "video", "audio", "recordings")  # keys of a sample that name files
 SOUNDS = ("audio", "recordings")  # those that lie in the folder `audio`
@@ -25,6 +29,7 @@ RECORDS = ("sample", "files")  # features of a record that `build.py` wrote: JSO
 MANIFEST = "manifest.json"  # beside such records, and codec tokens
 REJECTS = "rejects.jsonl"  # beside codec tokens: clips that could not be used
 CLIPS = "manifest.jsonl"  # of a folder of speech
+CONCEPTS = "concepts.json"  # of a folder of drawings
 SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 VERSION = "1.0.0"  # folder that they are in
 MEMORY = Path("/dev/shm")  # a folder in memory, where there is one
@@ -38,13 +43,14 @@ FEATURES = {
 }
 
 
-def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource:
+def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource | DrawnSource:
     """The source of this name.
 
     Args:
       name: a file of samples (a JSON list, or JSON lines), a folder with such files, a folder that
-        `vita data records` or `vita data codec-tokens` wrote, a folder of speech (`SpeechSource`),
-        or `tfds:NAME`; the last two with an optional `#SPLIT` (else train).
+        `vita data records` or `vita data codec-tokens` wrote, a folder of speech (`SpeechSource`)
+        or `tfds:NAME`, both with an optional `#SPLIT` (else train), or a folder of drawings with
+        `#KIND` (`drawn.DrawnSource`).
 
     Raises:
       FileNotFoundError: there is no such file, folder or data set.
@@ -53,6 +59,10 @@ def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource:
     if name.startswith("tfds:") or _data_set(name):
         return TfdsSource(name)
     folder = Path(name.partition("#")[0])
+    if (folder / CONCEPTS).is_file():
+        from vita_jax.data.drawn import DrawnSource
+
+        return DrawnSource(name)
     if (folder / CLIPS).is_file() or not any(folder.glob("*.json*")) and _sounds(folder):
         return SpeechSource(name)
     return JsonSource(name)
@@ -68,7 +78,7 @@ class JsonSource:
 
     Attributes:
       name: as given to `open_source`.
-      media: which of "image", "video" and "audio" any of its samples has.
+      media: which of `MEDIA` any of its samples has.
 
     Source: the release's data loader.
     """
@@ -85,7 +95,7 @@ class JsonSource:
         self._ends = np.cumsum([len(table) for table in self._tables])
         if not self._tables or not len(self):
             raise ValueError(f"{name}: no samples; expected a .json list or .jsonl, or a folder")
-        self.media = _kinds(frozenset().union(*(table.media for table in self._tables)))
+        self.media = frozenset().union(*(table.media for table in self._tables))
 
     def __reduce__(self):  # worker processes open it anew
         return JsonSource, (self.name,)
@@ -177,7 +187,7 @@ class TfdsSource:
 
     Attributes:
       name: as given to `open_source`.
-      media: which of "image", "video" and "audio" any of its samples has.
+      media: which of `MEDIA` any of its samples has.
     """
 
     def __init__(self, name: str):
@@ -207,7 +217,7 @@ class TfdsSource:
         self._columns = {}
         if set(features) == set(RECORDS):
             manifest = json.loads(Path(builder.data_dir, MANIFEST).read_text())
-            self.media = _kinds(kind for kind in MEDIA if manifest[kind])
+            self.media = frozenset(kind for kind in MEDIA if manifest[kind])
             return
         for role, names in FEATURES.items():
             found = [column for column in names if column in features]
@@ -272,11 +282,6 @@ class TfdsSource:
         while isinstance(value, (list, np.ndarray)):
             value = value[0] if len(value) else ""
         return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _kinds(keys):
-    """Which of "image", "video" and "audio" the files under these keys are."""
-    return frozenset("audio" if key in SOUNDS else key for key in keys)
 
 
 def _sounds(folder):

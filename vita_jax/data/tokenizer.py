@@ -157,18 +157,19 @@ def byte_tokenizer() -> Tokenizer:
     return train_tokenizer((), 0)
 
 
-def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
-    """Learns a byte-level BPE: ids of bytes, state tokens, what is learnt, special tokens.
+def train_tokenizer(texts, vocab_size: int, whole: tuple[str, ...] = ()) -> Tokenizer:
+    """Learns a byte-level BPE: ids of bytes, state tokens, what is learnt, `whole`, special tokens.
 
     Args:
       texts: strings; the more often one comes, the more it weighs.
       vocab_size: most ids there may be. There are fewer if no pair is left that comes twice, and
-        never fewer than those of bytes, state tokens and special tokens.
+        never fewer than those of bytes, state tokens, special tokens and `whole`.
+      whole: texts that become one token each, as a system prompt that all conversations begin with.
     """
     states = _state_merges()
     hf = _byte_level({}, [])
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocab_size - len(states) - len(_SPECIALS), 256),
+        vocab_size=max(vocab_size - len(states) - len(_SPECIALS) - len(whole), 256),
         min_frequency=2,
         initial_alphabet=_CHARS,
         show_progress=False,
@@ -179,7 +180,9 @@ def train_tokenizer(texts, vocab_size: int) -> Tokenizer:
     learnt = map(tuple, json.loads(hf.to_str())["model"]["merges"])
     merges = list(dict.fromkeys([*states, *learnt]))
     tokens = dict.fromkeys([*_CHARS, *map("".join, merges)])
-    return Tokenizer(_with_specials(_byte_level({t: i for i, t in enumerate(tokens)}, merges)))
+    hf = _byte_level({t: i for i, t in enumerate(tokens)}, merges)
+    hf.add_tokens([AddedToken(text, normalized=False) for text in whole])
+    return Tokenizer(_with_specials(hf))
 
 
 def _state_merges() -> list[tuple[str, str]]:

@@ -1,0 +1,160 @@
+"""The stages of the small model that comes with the package, all in one place.
+
+Run:     vita train configs/nano.py:STAGE --workdir build/nano/runs/sSTAGE, in the order of `STAGES`
+         (launch/nano.sh does all of it)
+Needs:   what `vita data build build/nano/data` wrote, and the models of the stages before
+Source:  the files of the stages beside this one for what each trains and on what objective; sizes,
+         mixtures, rates and numbers of steps are ours, for two CPU cores
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from vita_jax.config import DataConfig, OptimConfig, vita_nano
+
+DATA, RUNS = "build/nano/data", "build/nano/runs"
+PROMPTS = 4  # trained embeddings in front of every clip, from stage 2.1b on
+
+
+def drawn(mixture, held_out):
+    """Data of a stage that sees: kinds of drawn samples and their shares."""
+    return DataConfig(
+        mixture={f"{DATA}#{kind}": share for kind, share in mixture.items()},
+        held_out=(f"{DATA}#{held_out}-held_out",),
+        batch_size=4,
+        max_tokens=512,
+        max_tiles=15,
+        num_shards=4,
+        num_workers=0,
+    )
+
+
+def heard(mixture, held_out, units=None):
+    """Data of a stage that hears: folders, or kinds of drawn samples (#KIND), and their shares."""
+    return DataConfig(
+        mixture={
+            DATA + name if name[0] == "#" else f"{DATA}/{name}": share
+            for name, share in mixture.items()
+        },
+        held_out=(f"{DATA}/held_out/{held_out}",),
+        batch_size=4,
+        max_tokens=384,
+        max_clips=4,
+        max_audio_frames=480,
+        num_shards=4,
+        augment_audio=True,
+        units=units,
+    )
+
+
+LATER = dict(weight_decay=0.05, b2=0.98)
+NUM_UNITS = 3000  # at most, of the CTC head
+STAGES = {
+    "0": dict(
+        file="stage0_text",
+        data=DataConfig(
+            mixture={f"{DATA}/text": 1.0},
+            held_out=(f"{DATA}/held_out/text",),
+            batch_size=4,
+            max_tokens=512,
+            num_shards=4,
+        ),
+        optim=OptimConfig(learning_rate=2e-3, **LATER),
+        num_steps=300,
+    ),
+    "1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/s0/model",),
+        data=drawn({"names": 1.0}, "names"),
+        optim=OptimConfig(learning_rate=1e-3, **LATER),
+        num_steps=60,
+    ),
+    "1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/s1_1/model",),
+        data=drawn({"names": 1.0}, "names"),
+        optim=OptimConfig(learning_rate=1e-3, **LATER),
+        num_steps=4000,
+    ),
+    "1_3": dict(
+        file="stage1_3_vision_sft",
+        init_from=(f"{RUNS}/s1_2/model",),
+        data=drawn({"qa": 0.6, "names": 0.4}, "qa"),
+        optim=OptimConfig(learning_rate=1e-3, **LATER),
+        num_steps=4000,
+    ),
+    "2_1a": dict(
+        file="stage2_1a_speech_encoder",
+        init_from=(f"{RUNS}/s1_3/model",),
+        data=heard({"asr": 1.0}, "asr", units=f"{DATA}/units.json"),
+        optim=OptimConfig(learning_rate=1e-3, clip_norm=5.0, **LATER),
+        num_steps=6000,
+    ),
+    "2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/s1_3/model", rf"audio/encoder/.*={RUNS}/s2_1a/model"),
+        data=heard({"asr": 1.0}, "asr"),
+        optim=OptimConfig(learning_rate=1e-3, **LATER),
+        num_steps=1000,
+    ),
+    "2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/s2_1b/model",),
+        data=dataclasses.replace(
+            heard({"#qa": 0.4, "#names": 0.15, "asr": 0.35, "noise": 0.1}, "asr"),
+            max_tiles=12,
+            spoken_share=0.6,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, **LATER),
+        num_steps=6000,
+    ),
+    "3_1": dict(
+        file="stage3_1_codec",
+        discriminator_channels=0,
+        init_from=(),
+        data=DataConfig(
+            mixture={f"{DATA}/speech#train": 1.0},
+            held_out=(f"{DATA}/speech#held_out",),
+            batch_size=8,
+            max_tokens=20,
+            num_shards=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, b1=0.8, b2=0.99, clip_norm=1e5),
+        num_steps=8000,
+    ),
+    "3_2": dict(
+        file="stage3_2_speech_decoder",
+        init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1/model"),
+        data=DataConfig(
+            mixture={f"{DATA}/codec_tokens": 1.0},
+            held_out=(f"{DATA}/held_out/codec_tokens",),
+            batch_size=8,
+            max_tokens=512,
+            num_shards=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, **LATER),
+        num_steps=6000,
+    ),
+}
+
+
+def get_config(stage):
+    """The stage of this name."""
+    changes = dict(STAGES[stage])
+    file = Path(__file__).with_name(changes.pop("file") + ".py")
+    config = runpy.run_path(str(file))["get_config"]()
+    model = vita_nano()
+    units = NUM_UNITS * (stage == "2_1a")
+    prompts = PROMPTS * (stage >= "2_1b")
+    audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, audio=audio),
+        dtype="float32",
+        remat="none",
+        save_every=200,
+        validate_every=400,
+        loss_chunk=512,
+        **changes,
+    )

@@ -1,0 +1,110 @@
+"""Samples that are drawn when they are asked for, over a folder of made-up drawings."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vita_jax.data import talk
+from vita_jax.data.drawn import KINDS, DrawnSource
+from vita_jax.data.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two styles of the nouns and two other things, each a disc of its own colour; recordings."""
+    root = tmp_path_factory.mktemp("drawn")
+    rng, rows = np.random.default_rng(0), []
+    things = [(code, en, zh, 3, "animal-mammal") for en, (code, zh, _) in talk.NOUNS.items()]
+    things += [("A1", "hammer", "锤子", 7, "tool"), ("A2", "salt", "盐", 4, "food-prepared")]
+    for code, en, zh, kind, subgroup in things:
+        for style in ("one", "other"):
+            drawing = np.zeros((48, 48, 4), np.uint8)
+            inside = np.hypot(*np.mgrid[-24:24, -24:24]) < 20
+            drawing[inside] = [*rng.integers(0, 255, 3), 255]
+            path = root / "drawings" / style / f"{code}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawing).save(path)
+        concept = {"code": code, "en": en, "zh": zh, "kind": kind, "subgroup": subgroup}
+        rows.append(
+            {"concept": concept | {"tags_en": [], "tags_zh": []}, "styles": ["one", "other"]}
+        )
+    (root / "concepts.json").write_text(json.dumps(rows))
+    (root / "speech").mkdir()
+    clips = [
+        {"file": "a.flac", "text": "What is this?", "kind": "question", "split": "train"},
+        {"file": "b.flac", "text": "What is this?", "kind": "question", "split": "held_out"},
+        {"file": "c.flac", "text": "这是什么？", "kind": "question", "split": "train"},
+        {"file": "d.flac", "text": "What is this?", "kind": "answer", "split": "train"},
+    ]
+    (root / "speech" / "manifest.jsonl").write_text("\n".join(map(json.dumps, clips)))
+    return root
+
+
+def test_a_sample_is_made_of_its_number(folder):
+    for kind in KINDS:
+        source, again = (open_source(f"{folder}#{kind}") for _ in range(2))
+        with source.open(7) as one, again.open(7) as same, source.open(8) as other:
+            assert one["conversations"] == same["conversations"]
+            assert one["id"] == f"{kind} 7" != other["id"]
+            if "image" in one:
+                assert one["image"].tobytes() == same["image"].tobytes()
+
+
+def test_questions_fit_what_is_drawn(folder):
+    source = DrawnSource(f"{folder}#qa")
+    seen = set()
+    for index in range(120):
+        sample = source.sample(index)
+        turns = sample["conversations"]
+        marks = [mark for mark in ("image", "video") if f"<{mark}>\n" in turns[0]["value"]]
+        assert marks == [key for key in ("image", "video") if key in sample]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert not any("<" in turn["value"] for turn in turns[1:])
+        seen |= {answer["value"] for answer in turns[1::2]}
+        if "video" in sample:
+            assert len(sample["video"]) == 4
+    for answer in ("I do not know.", "There are three cats.", "The cat is on the left."):
+        assert any(answer.split()[0] in text for text in seen), answer
+    assert len(seen) > 70
+
+
+@pytest.mark.parametrize("kind, pattern", [
+    ("count", r"There (is|are) \w+ \w+\.|有.+。|Yes, .+\.|No, there is not\.|是的.+|没有。"),
+    ("move", r"The \w+ moves (to the left|to the right|up|down)\.|.+向.移动。"),
+    ("colour", r"The \w+ is .+\.|.+是.+的。|Yes, it is\.|No, it is not\.|是的。|不是。|.+在.+。"),
+])  # fmt: skip
+def test_answers_are_of_the_task(folder, kind, pattern):
+    source = DrawnSource(f"{folder}#{kind}")
+    for index in range(30):
+        for turn in source.sample(index)["conversations"][1::2]:
+            assert re.fullmatch(pattern, turn["value"]), turn["value"]
+
+
+def test_recordings_of_the_first_question(folder):
+    counts = {"train": 0, "held_out": 0}
+    for split, allowed in (("", {"a.flac", "c.flac"}), ("-held_out", {"b.flac"})):
+        source = DrawnSource(f"{folder}#names{split}")
+        for index in range(100):
+            sample = source.sample(index)
+            files = {file.rpartition("/")[2] for file in sample.get("recordings", ())}
+            assert files <= allowed
+            counts[source.split] += bool(files)
+    assert counts["train"] > 0 and counts["held_out"] == 0  # that form is trained on
+
+
+def test_held_out_asks_other_questions(folder):
+    def asked(name):
+        source = DrawnSource(f"{folder}#{name}")
+        return {source.sample(i)["conversations"][0]["value"] for i in range(60)}
+
+    trained, held_out = asked("names"), asked("names-held_out")
+    assert trained and held_out and not trained & held_out
+    assert len(DrawnSource(f"{folder}#names-held_out")) < len(DrawnSource(f"{folder}#names"))
+
+
+def test_another_kind_is_refused(folder):
+    with pytest.raises(ValueError, match="#nothing-new: expected FOLDER#KIND, KIND one of names"):
+        DrawnSource(f"{folder}#nothing-new")

@@ -1,0 +1,111 @@
+"""Speech for the small model: what is to be said by whom, and that it is said once."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from vita_jax.data import voices
+from vita_jax.data.concepts import Concept
+
+CONCEPTS = [
+    Concept(f"A{i}", en, zh, 3, "animal-mammal", (), ())
+    for i, (en, zh) in enumerate([("cat", "猫"), ("dog", "狗"), ("ox", "牛"), ("elk", "麋鹿")])
+]
+UNSEEN = [("It rains.", "下雨了。"), ("I read.", "我看书。")]
+
+
+def test_jobs():
+    jobs = voices.jobs(CONCEPTS, UNSEEN)
+    assert jobs == voices.jobs(CONCEPTS, UNSEEN) != voices.jobs(CONCEPTS, UNSEEN, seed=1)
+    for kind, lang, voice, text, split in jobs:
+        assert text.isascii() == (lang == "en")
+        assert (voice in voices.HELD_OUT[lang]) == (split == "held_out")
+        assert (voice == voices.ANSWERS[lang]) >= (kind in ("answer", "sentence"))
+        assert (split == "unseen") == (kind == "sentence")
+        assert voice in (*voices.VOICES[lang], *voices.HELD_OUT[lang])
+    asked = [job for job in jobs if job[0] == "question" and job[4] == "train"]
+    for lang, number in (("en", 60), ("zh", 60)):
+        assert len({text for _, tongue, _, text, _ in asked if tongue == lang}) > number
+    by_text = {}
+    for _, _, voice, text, _ in asked:
+        by_text.setdefault(text, set()).add(voice)
+    assert len(by_text["What is this?"]) == voices.NUM_VOICES == 6
+    # A change of one thing leaves what others say as it was.
+    fewer = voices.jobs(CONCEPTS[1:], UNSEEN)
+    assert set(fewer) < set(jobs) and len(jobs) - len(fewer) == 2
+    # Any beginning has some of each kind.
+    assert {job[0] for job in jobs[:40]} == {"question", "answer", "name", "sentence"}
+
+
+def test_speaks_what_is_not_there_yet(tmp_path, monkeypatch):
+    said = []
+
+    class Stand:
+        def __init__(self, packages):
+            assert packages == "packages"
+
+        def __call__(self, text, lang, voice):
+            said.append((voice, text))
+            return np.full(2400, 0.25, np.float32), 24000
+
+    monkeypatch.setattr(voices, "Kokoro", Stand)
+    jobs = voices.jobs(CONCEPTS, UNSEEN)[:6]
+    first = list(voices.speak(jobs[:3], tmp_path, "packages"))
+    assert [row["text"] for row in first] == [job[3] for job in jobs[:3]]
+    list(voices.speak(jobs, tmp_path, "packages"))
+    assert said == [job[2:4] for job in jobs]
+    rows = voices.clips(tmp_path)
+    assert len(rows) == 6 == len({row["file"] for row in rows})
+    for row in rows:
+        waveform, rate = soundfile.read(tmp_path / row["file"])
+        assert rate == 24000 and row["seconds"] == 0.1 and np.allclose(waveform, 0.25, atol=1e-4)
+    assert list(voices.speak(jobs, tmp_path, "packages")) == []
+
+
+def test_programs_that_are_not_there():
+    with pytest.raises(FileNotFoundError, match="no-such-program: not installed.*apt-get install"):
+        voices.Command("no-such-program", ("{text}",))
+
+
+def test_a_program_speaks(tmp_path):
+    script = tmp_path / "speak.py"
+    script.write_text(
+        "import sys, wave\n"
+        "text, voice, file = sys.argv[1:]\n"
+        "out = wave.open(file, 'wb'); out.setparams((1, 2, 16000, 0, 'NONE', ''))\n"
+        "out.writeframes(bytes(2 * 100 * len(text)) if voice == 'low' else b'')\n"
+    )
+    import sys
+
+    command = voices.Command(sys.executable, (str(script), "{text}", "{voice}", "{file}"))
+    waveform, rate = command("abc", "en", "flite-low")
+    assert waveform.shape == (300,) and waveform.dtype == np.float32 and rate == 16000
+
+
+def test_recorded_prompts_are_split_by_text(tmp_path):
+    import gzip
+
+    import av
+
+    folder = tmp_path / "asterisk" / "sounds"
+    folder.mkdir(parents=True)
+    lines = ["; a comment", "beep: [a tone]"]
+    for i in range(200):
+        lines.append(f"p{i}: Prompt number {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]}.")
+        with av.open(str(folder / f"p{i}.g722"), "w", format="g722") as file:
+            stream = file.add_stream("g722", rate=16000, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), "s16", "mono")
+            frame.sample_rate = 16000
+            file.mux(stream.encode(frame))
+            file.mux(stream.encode())
+    (folder / "core-sounds-en.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    prompts = list(voices.prompts(tmp_path))
+    assert len(prompts) == 200 and all(len(wave) == 320 for _, wave, _, _ in prompts)
+    held_out = {text for text, _, _, split in prompts if split == "held_out"}
+    trained = {text for text, _, _, split in prompts if split == "train"}
+    assert not held_out & trained and len(held_out | trained) == 100
+    assert json.dumps(sorted(held_out)) == json.dumps(
+        sorted({text for text, _, _, split in voices.prompts(tmp_path) if split == "held_out"})
+    )

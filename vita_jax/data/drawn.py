@@ -1,0 +1,300 @@
+"""Samples about pictures that are drawn when they are asked for: hardly ever the same one twice.
+
+Goes in: a folder that `vita data build` wrote, with drawings and recorded questions. Comes out:
+samples in the release's format, each made of its number alone, so that a run goes on where it was.
+Read next: `scenes.py`, which draws, and `talk.py`, which asks and answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from vita_jax.data import scenes, talk
+from vita_jax.data.concepts import Concept
+from vita_jax.data.sources import CLIPS, CONCEPTS
+
+LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first comes again
+HELD_OUT = 1_000_003  # of the seed, for samples that are not trained on
+PX = 112  # of a picture's edge
+FRAMES = 4  # of a video
+KINDS_OF = {  # task -> subgroups of which it is true
+    "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
+    "is_vehicle": "transport", "is_tool": "tool",
+}  # fmt: skip
+SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
+
+
+class DrawnSource:
+    """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
+
+    "names" asks what a picture shows; "qa" all that `talk.FORMS` lists, about
+    one thing or several, shapes, clips in which something moves, and nothing at all; the others
+    (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not trained on
+    and recordings of other voices.
+
+    Attributes:
+      name: as given to `open_source`.
+      media: "image", "video" and "recordings".
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        folder, _, kind = name.partition("#")
+        self.kind, _, split = kind.partition("-")
+        if self.kind not in KINDS or split not in ("", "held_out"):
+            raise ValueError(f"{name}: expected FOLDER#KIND, KIND one of {', '.join(KINDS)}")
+        self._folder, self.split = Path(folder).absolute(), split or "train"
+        held = json.loads((self._folder / CONCEPTS).read_text("utf-8"))
+        self.concepts = [Concept(**row["concept"]) for row in held]
+        self.styles = {row["concept"]["code"]: row["styles"] for row in held}
+        self.recordings = collections.defaultdict(list)
+        manifest = self._folder / "speech" / CLIPS
+        for row in map(json.loads, manifest.read_text("utf-8").splitlines()):
+            if row["kind"] in ("question", "vqa") and row["split"] == self.split:
+                self.recordings[row["text"]].append(str(manifest.parent / row["file"]))
+        self.media = frozenset(["image", "video", "recordings"])
+
+    def __reduce__(self):
+        return DrawnSource, (self.name,)
+
+    def __len__(self):
+        return LENGTHS[self.split]
+
+    @contextlib.contextmanager
+    def open(self, index: int):
+        """The sample, its pictures read already."""
+        yield self.sample(index)
+
+    def sample(self, index: int) -> dict:
+        """The sample of this number: one to three questions with answers, and where recordings say
+        the first question, these (key `recordings`).
+        """
+        seed = HELD_OUT * (self.split == "held_out")
+        draw = _Draw(self, np.random.default_rng([seed, list(KINDS).index(self.kind), index]))
+        media, asks = KINDS[self.kind](draw)
+        langs = draw.rng.permutation(talk.LANGS)
+        turns, recordings = [], []
+        for number in range(1 if self.kind == "names" else draw.rng.integers(1, 4)):
+            lang = str(langs[number % 2])
+            question, reply = draw.choose(asks)(lang)
+            if not number:
+                recordings = self.recordings.get(question, [])
+                question = "".join(f"<{kind}>\n" for kind in media) + question
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
+        more = {"recordings": recordings} if recordings else {}
+        return {"id": f"{self.kind} {index}", "conversations": turns, **media, **more}
+
+    def drawing(self, code: str, style: str) -> np.ndarray:
+        """uint8[px, px, 4], red, green, blue and cover, of a concept in one style."""
+        with PIL.Image.open(self._folder / "drawings" / style / f"{code}.png") as image:
+            return np.asarray(image.convert("RGBA"))
+
+
+class _Draw:
+    """What one sample is made with: its source and its generator."""
+
+    def __init__(self, source: DrawnSource, rng: np.random.Generator):
+        self.source, self.rng = source, rng
+        self.held_out = source.split == "held_out"
+
+    def choose(self, items):
+        items = list(items)
+        return items[self.rng.integers(len(items))]
+
+    def nouns(self, number):
+        return [list(talk.NOUNS)[i] for i in self.rng.permutation(len(talk.NOUNS))[:number]]
+
+    def drawing(self, code):
+        return self.source.drawing(code, self.choose(self.source.styles[code]))
+
+    def noun(self, noun):
+        return self.drawing(talk.NOUNS[noun][0])
+
+    def ask(self, task, answer, **slots):
+        """A question of the task with its answer, once a language is given."""
+
+        def asked(lang):
+            return talk.ask(task, lang, self.rng, self.held_out, **slots), answer(lang)
+
+        return asked
+
+    def fixed(self, task, key, **slots):
+        return self.ask(task, functools.partial(talk.said, key), **slots)
+
+
+def _names(draw):
+    """One thing, to be named."""
+    concept = draw.choose(draw.source.concepts)
+    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX)
+    return {"image": picture}, [_name(draw, concept)]
+
+
+def _name(draw, concept, task="name", **slots):
+    return draw.ask(task, functools.partial(talk.name, concept.en, concept.zh), **slots)
+
+
+def _one(draw):
+    """One thing, and all that can be asked about it."""
+    concept, other = draw.choose(draw.source.concepts), draw.choose(draw.source.concepts)
+    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX)
+    asks = [_name(draw, concept)] * 6
+    asks += [draw.ask("kind", functools.partial(talk.kind, concept.kind))] * 2
+    for task, subgroups in KINDS_OF.items():
+        asks.append(draw.fixed(task, "yes" if concept.subgroup.startswith(subgroups) else "no"))
+    for it in (concept, other):
+        key = "yes" if it is concept else "no"
+        asks += [draw.fixed("is_noun", key, noun=(it.en, it.zh))] * 2
+    noun = draw.nouns(1)[0]
+    if noun not in (concept.en, other.en):
+        asks.append(draw.fixed("there", "none", noun=noun))
+        asks.append(
+            draw.fixed(draw.choose(["where", "colour_noun", "beside"]), "unknown", noun=noun)
+        )
+    asks += [draw.fixed("anything", "seen"), draw.fixed("can_see", "seen")]
+    return {"image": picture}, asks
+
+
+def _count(draw):
+    """One to six of a thing, to be counted."""
+    noun, absent = draw.nouns(2)
+    number = int(draw.rng.integers(1, 7))
+    picture = scenes.group(draw.rng, [draw.noun(noun)] * number, PX)
+    answer = functools.partial(talk.count, number, noun)
+    asks = [draw.ask("count", answer), draw.ask("count_noun", answer, noun=noun)] * 3
+    asks += [draw.fixed("there", "seen", noun=noun), draw.fixed("there", "none", noun=absent)]
+    return {"image": picture}, asks
+
+
+def _place(draw):
+    """One thing at a side, or two on opposite sides: where, what is there, what is beside it."""
+    sides = draw.choose([("left", "right"), ("top", "bottom")] * 3 + [(s,) for s in talk.SIDES])
+    sides = [str(side) for side in draw.rng.permutation(sides)]
+    nouns = draw.nouns(len(sides) + 1)
+    absent = nouns.pop()
+    picture = scenes.arrange(draw.rng, [draw.noun(noun) for noun in nouns], sides, PX)
+    asks = [draw.fixed("where", "unknown", noun=absent), draw.fixed("there", "none", noun=absent)]
+    for noun, side in zip(nouns, sides):
+        place = functools.partial(talk.place, noun, side)
+        asks += [draw.ask("where", place, noun=noun)] * 4
+        asks += [draw.ask("at", functools.partial(_noun, noun), side=side)] * 2
+        asks.append(draw.fixed("there", "seen", noun=noun))
+    if len(nouns) == 2:
+        one, other = nouns
+        asks += [draw.ask("see", functools.partial(talk.pair, *_in_order(nouns, sides)))] * 3
+        asks.append(draw.ask("beside", functools.partial(_noun, one), noun=other))
+        asks.append(draw.ask("beside", functools.partial(_noun, other), noun=one))
+        if set(sides) == {"left", "right"}:
+            left, right = _in_order(nouns, sides)
+            asks += [draw.ask("left_of", functools.partial(_noun, left), noun=right)] * 2
+            asks += [draw.ask("right_of", functools.partial(_noun, right), noun=left)] * 2
+    return {"image": picture}, asks
+
+
+def _noun(noun, lang):
+    return talk.name(noun, talk.NOUNS[noun][1], lang)
+
+
+def _in_order(nouns, sides):
+    """As they are read: left before right, top before bottom."""
+    order = sorted(range(len(nouns)), key=lambda i: list(talk.SIDES).index(sides[i]))
+    return [nouns[i] for i in order]
+
+
+def _colour(draw):
+    """A thing in one colour, or two of a kind in two colours."""
+    noun = draw.nouns(1)[0]
+    words = [str(word) for word in draw.rng.permutation(list(talk.COLOURS))[:2]]
+    drawing = draw.noun(noun)
+    tinted = [scenes.tint(drawing, word) for word in words]
+    if draw.rng.random() < 0.3:
+        sides = [
+            str(side)
+            for side in draw.rng.permutation(draw.choose([("left", "right"), ("top", "bottom")]))
+        ]
+        picture = scenes.arrange(draw.rng, tinted, sides, PX, restyled=False)
+        return {"image": picture}, [
+            draw.ask("where_colour", functools.partial(talk.place, noun, side), colour=word)
+            for word, side in zip(words, sides)
+        ]
+    answer = functools.partial(talk.colour, noun, words[0])
+    asks = [draw.ask("colour", answer), draw.ask("colour_noun", answer, noun=noun)] * 3
+    asks += [
+        draw.fixed("is_colour", "yes", colour=words[0]),
+        draw.fixed("is_colour", "no", colour=words[1]),
+    ]
+    picture = scenes.arrange(draw.rng, tinted[:1], ["middle"], PX, restyled=False)
+    return {"image": picture}, asks
+
+
+def _shape(draw):
+    """A circle, rectangle or triangle."""
+    shape, word, other = (
+        draw.choose(talk.SHAPES),
+        *map(str, draw.rng.permutation(SHAPE_COLOURS)[:2]),
+    )
+    asks = [draw.ask("shape", functools.partial(talk.quality, shape))]
+    asks.append(draw.ask("colour", functools.partial(talk.quality, word)))
+    asks += [
+        draw.fixed("is_colour", "yes", colour=word),
+        draw.fixed("is_colour", "no", colour=other),
+    ]
+    return {"image": scenes.shape(draw.rng, shape, word, PX)}, asks
+
+
+def _move(draw):
+    """A clip in which a thing moves."""
+    noun, way = draw.nouns(1)[0], draw.choose(talk.MOVES)
+    frames = scenes.move(draw.rng, draw.noun(noun), way, FRAMES, PX)
+    answer = functools.partial(talk.move, noun, way)
+    asks = [draw.ask("move", answer), draw.ask("move_noun", answer, noun=noun)] * 3
+    asks += [draw.ask("up_down", answer)] * (way in ("up", "down"))
+    return {"video": frames}, asks
+
+
+def _nothing(draw):
+    """An empty picture."""
+    asks = [draw.fixed("name", "nothing"), draw.fixed("anything", "nothing")]
+    return {"image": scenes.blank(draw.rng, PX)}, asks
+
+
+def _talk(draw):
+    """No picture: small talk, and questions that would need one."""
+
+    def chat(lang):
+        return draw.choose(talk.small_talk(lang, draw.held_out))
+
+    noun = draw.nouns(1)[0]
+    asks = [chat] * 6 + [draw.fixed("name", "no_picture"), draw.fixed("can_see", "no_picture")]
+    asks.append(draw.fixed(draw.choose(["where", "colour_noun", "there"]), "no_picture", noun=noun))
+    return {}, asks
+
+
+SHARES = {
+    _one: 0.36,
+    _count: 0.12,
+    _place: 0.18,
+    _colour: 0.08,
+    _shape: 0.06,
+    _move: 0.08,
+    _nothing: 0.02,
+    _talk: 0.1,
+}
+
+
+def _qa(draw):
+    """Any of the others."""
+    shares = np.array(list(SHARES.values()))
+    return list(SHARES)[draw.rng.choice(len(shares), p=shares / shares.sum())](draw)
+
+
+KINDS = {
+    "names": _names, "qa": _qa, "one": _one, "count": _count, "place": _place, "colour": _colour,
+    "shape": _shape, "move": _move, "nothing": _nothing, "talk": _talk,
+}  # fmt: skip

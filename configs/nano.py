@@ -22,10 +22,10 @@ def drawn(mixture, held_out):
     return DataConfig(
         mixture={f"{DATA}#{kind}": share for kind, share in mixture.items()},
         held_out=(f"{DATA}#{held_out}-held_out",),
-        batch_size=4,
+        batch_size=2,
         max_tokens=512,
         max_tiles=15,
-        num_shards=4,
+        num_shards=2,
         num_workers=0,
     )
 
@@ -73,9 +73,9 @@ STAGES = {
     "1_2": dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s1_1/model",),
-        data=drawn({"names": 1.0}, "names"),
+        data=drawn({"plain": 0.4, "names": 0.3, "qa": 0.3}, "names"),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
-        num_steps=4000,
+        num_steps=8000,
     ),
     "1_3": dict(
         file="stage1_3_vision_sft",

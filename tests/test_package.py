@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "config batch sharding params models|data losses codec_losses codebooks optim checkpoint "
     "tables release_config release lora flops infer codec_tokens evaluate train_log train_state "
-    "feed objectives train aot peer bench serve plot cli __main__"
+    "feed objectives train aot peer bench exam exam_voice eval_nano serve plot cli __main__"
 ).split()
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split("|")}
 

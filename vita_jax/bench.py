@@ -127,6 +127,7 @@ def data(config: TrainConfig, num_batches: int = 8, step_s: float = 0.0) -> dict
 
     config = configs.override(config, ["data.held_out=[]"])
     with tempfile.TemporaryDirectory() as folder:
+        config = feed.with_tokens(config, Path(folder))
         loader, _ = feed.make_loaders(config, feed.load_tokenizer(config), Path(folder))
         next(loader)  # starts the workers
         samples = tokens = 0

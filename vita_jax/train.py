@@ -89,6 +89,7 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     rows = batch_sharding(mesh, config.data.batch_size // config.optim.accumulation)
 
     # Data. The first batch says which parts of the model it takes.
+    config = with_tokens(config, workdir)
     tokenizer = load_tokenizer(config)
     loader, held_out = make_loaders(config, tokenizer, workdir)
     start = loader.state()
@@ -123,7 +124,7 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     step = make_step(config, optimizer, tuple(tokenizer.state_ids.values()))
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     score = jax.jit(make_loss(config, training=False))
-    listen = make_listener(config, tokenizer, workdir)
+    listen = make_listener(config, tokenizer)
     to_devices = functools.partial(jax.make_array_from_process_local_data, rows)
     with (
         contextlib.closing(RunLog(config, workdir, done)) as run_log,
@@ -168,7 +169,7 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
             log.info("held out, step %d was the best: it is the one in model/", best)
             state = None  # makes room
             state = saves.restore(shapes, best)[0]
-    model = with_voice(config, workdir).model
+    model = with_voice(config).model
     config = dataclasses.replace(config, model=model)
     train_state.export(workdir / "model", config, origins, state.params, tokenizer)
     log.info("%s: done. Try: vita chat %s", workdir, workdir / "model")
@@ -271,14 +272,14 @@ def validate(config, score, params, frozen, batches, to_devices) -> dict[str, fl
     return scores
 
 
-def make_listener(config: TrainConfig, tokenizer, workdir: Path):
+def make_listener(config: TrainConfig, tokenizer):
     """A function of what trains and what is frozen that gives what judges hear (see `Listener`):
     nothing, unless one process trains the voice and has recorded speech to validate with.
     """
     real = not any(name.startswith(synthetic.PREFIX) for name in config.data.held_out)
     voice = config.objective in ("codec", "speech")
     if voice and real and config.data.held_out and jax.process_count() == 1:
-        listener = Listener(with_tokens(config, workdir), tokenizer)
+        listener = Listener(config, tokenizer)
         return lambda params, frozen: listener(lora.merged(config, params, frozen))
     return lambda params, frozen: {}
 

@@ -34,10 +34,10 @@ SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "names" asks what a picture shows; "qa" all that `talk.FORMS` lists, about
-    one thing or several, shapes, clips in which something moves, and nothing at all; the others
-    (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not trained on
-    and recordings of other voices.
+    "names" asks what a picture shows, "plain" the same of easier pictures; "qa" asks all that
+    `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves, and
+    nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
+    forms that are not trained on and recordings of other voices.
 
     Attributes:
       name: as given to `open_source`.
@@ -81,7 +81,7 @@ class DrawnSource:
         media, asks = KINDS[self.kind](draw)
         langs = draw.rng.permutation(talk.LANGS)
         turns, recordings = [], []
-        for number in range(1 if self.kind == "names" else draw.rng.integers(1, 4)):
+        for number in range(1 if self.kind in ("names", "plain") else draw.rng.integers(1, 4)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
             if not number:
@@ -136,8 +136,15 @@ def _names(draw):
     return {"image": picture}, [_name(draw, concept)]
 
 
-def _name(draw, concept, task="name", **slots):
-    return draw.ask(task, functools.partial(talk.name, concept.en, concept.zh), **slots)
+def _plain(draw):
+    """The same, of a picture with nothing in the way."""
+    concept = draw.choose(draw.source.concepts)
+    picture = scenes.plain(draw.rng, draw.drawing(concept.code), PX)
+    return {"image": picture}, [_name(draw, concept)]
+
+
+def _name(draw, concept):
+    return draw.ask("name", functools.partial(talk.name, concept.en, concept.zh))
 
 
 def _one(draw):
@@ -295,6 +302,6 @@ def _qa(draw):
 
 
 KINDS = {
-    "names": _names, "qa": _qa, "one": _one, "count": _count, "place": _place, "colour": _colour,
-    "shape": _shape, "move": _move, "nothing": _nothing, "talk": _talk,
+    "names": _names, "plain": _plain, "qa": _qa, "one": _one, "count": _count, "place": _place,
+    "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing, "talk": _talk,
 }  # fmt: skip

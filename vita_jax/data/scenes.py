@@ -60,6 +60,19 @@ def single(
     return _degrade(rng, [ground])[0]
 
 
+def plain(rng: np.random.Generator, drawing: np.ndarray, px: int = 112) -> Image.Image:
+    """One drawing as it is, large, on one colour, mostly white: the easiest picture of it.
+
+    Args:
+      rng, drawing, px: as in `single`.
+    """
+    colour = (255,) * 3 if rng.random() < 0.7 else tuple(map(int, rng.integers(0, 256, 3)))
+    ground, box = Image.new("RGB", (px, px), colour), rng.uniform(0.7, 1.0)
+    centre = 0.5 + rng.uniform(-1, 1, 2) * (1 - box) / 2
+    _put(ground, Image.fromarray(drawing), centre, box)
+    return ground
+
+
 def arrange(
     rng: np.random.Generator,
     drawings: list[np.ndarray],

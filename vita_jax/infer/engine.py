@@ -281,6 +281,45 @@ class Engine:
                 with self._on_mesh():
                     state = next_text(self.config, self.params, state, sampling)
 
+    def write(self, turns, max_new_tokens: int = 64) -> list[tuple[str | None, str]]:
+        """Replies to several turns at once: each the likeliest token after the other, unspoken.
+
+        Args:
+          turns: `Turn`s without a history, one or more. Few lengths make few compilations.
+          max_new_tokens: a reply is cut after as many.
+
+        Returns:
+          (state, text) of each reply, as in `Reply`.
+
+        Raises:
+          FileNotFoundError, ValueError: input that cannot be used (see `Processor.prompt`).
+        """
+        examples = [self.processor.prompt(t.text, t.images, t.audio, t.video) for t in turns]
+        batch = collate(examples)
+        lengths = np.array([len(example.tokens) for example in examples], np.int32)
+        num_slots = bucket(batch.tokens.shape[1] + max_new_tokens, 128)
+        sampling, columns = Sampler().arrays(), []
+        with self._on_mesh():
+            given = embed_prompt(self.config, self.params, batch), batch.tokens, lengths
+            key = jax.random.key(0)
+            state = start_text(self.config, num_slots, self.params, *given, key, sampling)
+            over = np.zeros(len(turns), bool)
+            for i in range(max_new_tokens):
+                columns.append(np.asarray(state.token))
+                over |= np.isin(columns[-1], list(self._stop_ids))
+                if over.all() or i + 1 == max_new_tokens:
+                    break
+                state = next_text(self.config, self.params, state, sampling)
+        return [self._read(row) for row in np.stack(columns, axis=1).tolist()]
+
+    def _read(self, ids):
+        """(state, text) of a reply's ids, what stands behind a stop token left out."""
+        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), len(ids))
+        state = self._states.get(ids[0])
+        decoder = StreamDecoder(self.tokenizer)
+        text = "".join(decoder.push(token) for token in ids[state is not None : end])
+        return state, text + decoder.flush()
+
     def _seen(self, example) -> Seen:
         num_tiles = 0 if example.tiles is None else len(example.tiles)
         tile_embeddings = num_tiles * self.config.vision.embeddings_per_tile

@@ -17,34 +17,35 @@ DATA, RUNS = "build/nano/data", "build/nano/runs"
 PROMPTS = 4  # trained embeddings in front of every clip, from stage 2.1b on
 
 
-def drawn(mixture, held_out):
-    """Data of a stage that sees: kinds of drawn samples and their shares."""
+def sources(shares):
+    """Folders of the data, and kinds of drawn samples (#KIND), by their shares."""
+    return {DATA + name if name[0] == "#" else f"{DATA}/{name}": x for name, x in shares.items()}
+
+
+def seen(mixture):
+    """Data of a stage that sees."""
     return DataConfig(
-        mixture={f"{DATA}#{kind}": share for kind, share in mixture.items()},
-        held_out=(f"{DATA}#{held_out}-held_out",),
+        mixture=sources(mixture),
+        held_out=(f"{DATA}#names-held_out",),
         batch_size=2,
         max_tokens=512,
         max_tiles=15,
         num_shards=2,
-        num_workers=0,
     )
 
 
-def heard(mixture, held_out, units=None):
-    """Data of a stage that hears: folders, or kinds of drawn samples (#KIND), and their shares."""
+def heard(mixture, **more):
+    """Data of a stage that hears."""
     return DataConfig(
-        mixture={
-            DATA + name if name[0] == "#" else f"{DATA}/{name}": share
-            for name, share in mixture.items()
-        },
-        held_out=(f"{DATA}/held_out/{held_out}",),
+        mixture=sources(mixture),
+        held_out=(f"{DATA}/held_out/asr",),
         batch_size=4,
         max_tokens=384,
         max_clips=4,
         max_audio_frames=480,
         num_shards=4,
         augment_audio=True,
-        units=units,
+        **more,
     )
 
 
@@ -66,43 +67,43 @@ STAGES = {
     "1_1": dict(
         file="stage1_1_vision_alignment",
         init_from=(f"{RUNS}/s0/model",),
-        data=drawn({"names": 1.0}, "names"),
+        data=seen({"#plain": 1.0}),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
     "1_2": dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s1_1/model",),
-        data=drawn({"plain": 0.4, "names": 0.3, "qa": 0.3}, "names"),
+        data=seen({"#plain": 0.4, "#names": 0.3, "#qa": 0.3}),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=8000,
     ),
     "1_3": dict(
         file="stage1_3_vision_sft",
         init_from=(f"{RUNS}/s1_2/model",),
-        data=drawn({"qa": 0.6, "names": 0.4}, "qa"),
+        data=seen({"#qa": 0.5, "#names": 0.35, "easy_vqa": 0.15}),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=4000,
     ),
     "2_1a": dict(
         file="stage2_1a_speech_encoder",
         init_from=(f"{RUNS}/s1_3/model",),
-        data=heard({"asr": 1.0}, "asr", units=f"{DATA}/units.json"),
+        data=heard({"asr": 1.0}, units=f"{DATA}/units.json"),
         optim=OptimConfig(learning_rate=1e-3, clip_norm=5.0, **LATER),
         num_steps=6000,
     ),
     "2_1b": dict(
         file="stage2_1b_speech_adapter",
         init_from=(f"{RUNS}/s1_3/model", rf"audio/encoder/.*={RUNS}/s2_1a/model"),
-        data=heard({"asr": 1.0}, "asr"),
+        data=heard({"asr": 1.0}),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=1000,
     ),
     "2_2": dict(
         file="stage2_2_audio_sft",
         init_from=(f"{RUNS}/s2_1b/model",),
-        data=dataclasses.replace(
-            heard({"#qa": 0.4, "#names": 0.15, "asr": 0.35, "noise": 0.1}, "asr"),
+        data=heard(
+            {"#qa": 0.4, "#names": 0.15, "asr": 0.35, "noise": 0.1},
             max_tiles=12,
             spoken_share=0.6,
         ),
@@ -127,8 +128,8 @@ STAGES = {
         file="stage3_2_speech_decoder",
         init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1/model"),
         data=DataConfig(
-            mixture={f"{DATA}/codec_tokens": 1.0},
-            held_out=(f"{DATA}/held_out/codec_tokens",),
+            mixture={f"{DATA}/codec_tokens_train": 1.0},
+            held_out=(f"{DATA}/codec_tokens_held_out",),
             batch_size=8,
             max_tokens=512,
             num_shards=8,

@@ -288,6 +288,7 @@ def test_segments_of_a_text_come_in_their_order(engine, tmp_path, monkeypatch):
     assert [len(texts) for texts in said] == [exam.BATCH_SIZE]
 
 
+@pytest.mark.slow
 def test_whole_examination(checkpoint, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exam_voice, "MAX_CODES", 40)
     monkeypatch.setattr(exam, "MAX_NEW_TOKENS", dict.fromkeys(exam.MAX_NEW_TOKENS, 4))

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from vita_jax.data import scenes, talk
+from vita_jax.data import scenes, talk, voices
 from vita_jax.data.concepts import Concept
-from vita_jax.data.sources import CLIPS, CONCEPTS
+from vita_jax.data.sources import CONCEPTS
 
 LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first comes again
 HELD_OUT = 1_000_003  # of the seed, for samples that are not trained on
@@ -55,10 +55,10 @@ class DrawnSource:
         self.concepts = [Concept(**row["concept"]) for row in held]
         self.styles = {row["concept"]["code"]: row["styles"] for row in held}
         self.recordings = collections.defaultdict(list)
-        manifest = self._folder / "speech" / CLIPS
-        for row in map(json.loads, manifest.read_text("utf-8").splitlines()):
-            if row["kind"] in ("question", "vqa") and row["split"] == self.split:
-                self.recordings[row["text"]].append(str(manifest.parent / row["file"]))
+        for speech in (self._folder / "speech", self._folder / "other_speech"):
+            for row in voices.clips(speech):
+                if row["kind"] in ("question", "vqa") and row["split"] == self.split:
+                    self.recordings[row["text"]].append(str(speech / row["file"]))
         self.media = frozenset(["image", "video", "recordings"])
 
     def __reduce__(self):

@@ -62,7 +62,7 @@ def _pictures(target):
     kinds |= {"spoken_en": "qa", "spoken_zh": "qa"}
     for name, kind in kinds.items():
         source, sets[name], index = DrawnSource(f"{target}#{kind}-held_out"), [], 10_000
-        while len(sets[name]) < NUMBER and index < 10_000 + 40 * NUMBER:
+        while len(sets[name]) < NUMBER and index < 10_000 + 8 * NUMBER:
             sample, index = source.sample(index), index + 1
             sample["conversations"] = sample["conversations"][:2]
             sample["lang"] = _lang(sample["conversations"][1]["value"])

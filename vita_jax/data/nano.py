@@ -259,7 +259,7 @@ def _to_transcribe(target, folder, held_out):
     """Speech to write down."""
     up = "../" * held_out
     for row in clips(target):
-        if (row["split"] == "held_out") == held_out:
+        if row["split"] == ("held_out" if held_out else "train"):
             yield transcription(row | {"file": up + row["file"]})
 
 

@@ -1,0 +1,128 @@
+"""What the small model learns from and is judged by, as far as it needs no packages; its stages."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vita_jax.config import load_config
+from vita_jax.data import judged, nano, talk, voices
+from vita_jax.data.concepts import Concept
+from vita_jax.data.processor import Processor
+from vita_jax.data.tokenizer import load_bundled
+from vita_jax.data.video import read_video
+
+CONCEPTS = [
+    Concept("1F408", "cat", "猫", 3, "animal-mammal", ("pet",), ("宠物",)),
+    Concept("1F34E", "red apple", "红苹果", 4, "food-fruit", (), ()),
+]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Sentences in the place of the package's."""
+    pairs = [(f"Sentence number {i}.", f"第{i}句。") for i in range(40)]
+    monkeypatch.setattr(nano, "sentences", lambda levels=(1,): iter(pairs))
+    return pairs
+
+
+def test_texts(read):
+    samples = nano.texts(CONCEPTS, 300, 0, held_out=False)
+    assert samples == nano.texts(CONCEPTS, 300, 0, held_out=False)
+    assert samples != nano.texts(CONCEPTS, 300, 1, held_out=False)
+    pairs = [[turn["value"] for turn in one["conversations"]] for one in samples]
+    answers = dict(pairs)
+    assert answers["In Chinese: cat"] == "这是猫。"
+    assert answers["用英语说：红苹果"] == "This is a red apple."
+    assert any(question.endswith(answer) for question, answer in pairs)  # to repeat
+    told = [(q, a) for q, a in pairs if a.endswith("on the left.")]
+    assert told and all(answer in question for question, answer in told)
+    held_out = nano.texts(CONCEPTS, 300, 0, held_out=True)
+    repeated = [
+        {one["conversations"][1]["value"] for one in some} & {t for pair in read for t in pair}
+        for some in (samples, held_out)
+    ]
+    assert all(repeated) and not repeated[0] & repeated[1]
+
+
+def test_tokenizer_has_a_prompt_in_one_id(read):
+    tokenizer = nano.tokenizer(CONCEPTS)
+    assert tokenizer.vocab_size <= nano.VOCAB_SIZE
+    user, _, reply = (nano.USER + nano.ASSISTANT).partition("{}")
+    for text in (*map(nano.SYSTEM.format, nano.SYSTEM_PROMPTS.values()), user, reply):
+        assert len(tokenizer.encode(text)) == 1
+    for text in ("What is this?", "这是猫。", "☜This is a cat."):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_bundled_tokenizer_makes_short_prompts():
+    config = load_config(nano.Path(__file__).parents[1] / "configs/nano.py:1_2").model
+    processor = Processor(config, load_bundled("vita_nano"))
+    picture = Image.new("RGB", (640, 480))
+    example = processor.prompt("What is this?", images=[picture])
+    # one tile of 16, system prompt, user, line break, four of the question, assistant
+    assert len(example.tiles) == 1 and len(example.tokens) == 16 + 8
+
+
+def test_noise():
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        waveform = nano.noise(rng)
+        assert waveform.dtype == np.float32 and 0.8 <= len(waveform) / 16000 <= 3
+        assert np.isfinite(waveform).all() and 1e-4 < np.abs(waveform).max() <= 1
+
+
+def test_clips_and_what_is_made_of_them(tmp_path):
+    rows = [
+        {"text": "What is this?", "lang": "en", "voice": "a", "kind": "question", "split": "train"},
+        {"text": "这是什么？", "lang": "zh", "voice": "b", "kind": "question", "split": "held_out"},
+        {"text": "It rains.", "lang": "en", "voice": "a", "kind": "sentence", "split": "train"},
+        {"text": "It snows.", "lang": "en", "voice": "c", "kind": "sentence", "split": "unseen"},
+    ]
+    for row in rows:
+        voices.keep(tmp_path / "speech", row, np.zeros(2400, np.float32), 24000)
+    for held_out, texts in ((False, ["What is this?", "It rains."]), (True, ["这是什么？"])):
+        folder = tmp_path / "held_out" if held_out else tmp_path
+        samples = list(nano._to_transcribe(tmp_path, folder / "asr", held_out))
+        assert [one["conversations"][1]["value"] for one in samples] == texts
+        for one in samples:
+            assert (folder / "asr" / "audio" / one["audio"][0]).resolve().exists()
+    unasked = list(nano._unasked(tmp_path, tmp_path / "noise", False))
+    assert len(unasked) == nano.NUM_NOISES + 1 and all(one["inserted_id"] == 1 for one in unasked)
+    sets = judged._speech(tmp_path)
+    assert [one["id"] for one in sets["codec_answer"]] and len(sets["query"]) == 1
+    assert sets["asr_domain_zh"][0]["conversations"][0]["value"] == "<audio>请写下你听到的。"
+    assert sets["asr_domain_en"] == [] == sets["overheard"]
+
+
+def test_files_of_a_judged_sample(tmp_path):
+    frames = [Image.new("RGB", (112, 112), (40 * i, 0, 0)) for i in range(4)]
+    sample = {"id": "x", "conversations": [], "video": frames}
+    made = judged._with_files(tmp_path, 3, sample)
+    assert made["video"] == "3.mkv"
+    read = read_video(tmp_path / "3.mkv", 1.0)
+    assert [np.asarray(frame)[0, 0, 0] for frame in read] == [0, 40, 80, 120]
+    assert judged._with_files(tmp_path, 4, {"image": frames[1]}) == {"image": "4.png"}
+    json.dumps(made)
+
+
+def test_easy_vqa_in_sentences():
+    pytest.importorskip("easy_vqa", reason="extra `data`")
+    samples = list(nano.easy_vqa("test"))
+    assert len(samples) == 9673
+    said = {one["conversations"][1]["value"] for one in samples}
+    assert {"Yes.", "No.", "It is a circle.", "It is teal."} <= said and len(said) == 13
+    assert all(talk.LANGS and one["image"].endswith(".png") for one in samples[:50])
+
+
+def test_stages_of_the_small_model():
+    file = nano.Path(__file__).parents[1] / "configs/nano.py"
+    stages = ["0", "1_1", "1_2", "1_3", "2_1a", "2_1b", "2_2", "3_1", "3_2"]
+    for before, stage in zip([None, *stages], stages):
+        config = load_config(f"{file}:{stage}")
+        assert config.model.name == "vita_nano" and config.dtype == "float32"
+        assert not config.init_from or stage == "3_1" or f"s{before}" in str(config.init_from)
+        assert bool(config.model.audio.num_units) == (stage == "2_1a")
+    with pytest.raises(KeyError):
+        load_config(f"{file}:9")

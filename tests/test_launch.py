@@ -116,3 +116,25 @@ def test_a_stage_that_was_stopped_is_the_last(commands, words):
 
 def test_other_words_are_refused(commands):
     assert commands("--small", status=2) == commands("--tiny", "x", status=2) == []
+
+
+def test_demo_takes_the_shipped_model_where_there_is_one(commands, tmp_path):
+    shutil.copy(ROOT / "setup.cfg", tmp_path / ".venv" / "installed")
+
+    def started():
+        script = ["bash", str(tmp_path / "launch" / "demo.sh")]
+        printed = subprocess.run(script, capture_output=True, check=True, text=True).stdout
+        lines = (tmp_path / "commands").read_text().splitlines()
+        (tmp_path / "commands").unlink()
+        return printed, [cli.parse(line.split("\0")[:-1]) for line in lines]
+
+    printed, (init, demo) = started()
+    assert "random weights" in printed and init.preset == "vita_nano"
+    assert demo.verb == "demo" and demo.checkpoint == init.target
+
+    shipped = tmp_path / "vita_jax" / "checkpoints" / "nano"
+    shipped.mkdir(parents=True)
+    (shipped / "config.json").touch()
+    printed, (demo,) = started()
+    assert printed == "" and demo.verb == "demo"
+    assert tmp_path / demo.checkpoint == shipped and str(cli.SHIPPED).endswith(demo.checkpoint)

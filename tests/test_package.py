@@ -15,8 +15,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports only what stands to its left; `models` and `data` never import each other.
 ORDER = (
     "config batch sharding params models|data losses codec_losses codebooks optim checkpoint "
-    "tables release_config release lora flops infer codec_tokens evaluate train_log train_state "
-    "feed objectives train aot peer bench exam exam_voice eval_nano serve plot cli __main__"
+    "quantize tables release_config release lora flops infer codec_tokens evaluate train_log "
+    "train_state feed objectives train aot peer bench exam exam_voice eval_nano serve plot attend "
+    "demo cli __main__"
 ).split()
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split("|")}
 

@@ -11,7 +11,8 @@ Goes in: parameters, random or published. Comes out: a folder that needs nothing
     source/            small files of the published folder, byte for byte (after `vita convert`)
 
 safetensors, because it is mapped into memory, runs no code and gives up slices: a device reads its
-shard and no more. States of training runs, with optimizer and step, are Orbax's.
+shard and no more. Weights of 8 bits (`quantize.py`) are read as the float32 they stand for.
+States of training runs, with optimizer and step, are Orbax's.
 Read next: `release.py`, then `infer/engine.py`.
 """
 
@@ -48,7 +49,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
+SCALE = ".scale"  # what the name of an I8 tensor's scales ends with
 # Filter banks are around 16: bfloat16 would lose their second decimal.
 _STATISTICS = "audio/encoder/cmvn/"
 _OWN_LICENCE = (
@@ -169,8 +171,8 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
     for part, file in files.items():
         if part not in parts:
             continue
-        with safe_open(file, framework="np") as tensors:
-            held = {f"{part}/{name}": tensors.get_slice(name) for name in tensors.keys()}
+        with opened(file) as tensors:
+            held = {f"{part}/{name}": values for name, values in tensors.items()}
             if part == "codec":
                 held = fold_weight_norm(trees.unflatten({p: v[:] for p, v in held.items()}))
                 held = {path: np.asarray(v) for path, v in trees.flatten(held).items()}
@@ -342,12 +344,54 @@ class Writer:
 
 def read(file, name: str, layer: int | None = None) -> np.ndarray:
     """A tensor of a safetensors file, or its slice `layer`; the map is opened for this alone."""
+    with opened(file) as tensors:
+        return tensors[name][:] if layer is None else tensors[name][layer]
+
+
+class Scaled:
+    """An I8 tensor and its scales, as a slice of float32: `values[at]` reads that part of both."""
+
+    def __init__(self, values, scales):
+        self._values, self._scales = values, scales
+
+    def get_shape(self):
+        """Of the tensor."""
+        return self._values.get_shape()
+
+    def get_dtype(self):
+        """Of what is read."""
+        return "F32"
+
+    def __getitem__(self, at):
+        at = at if isinstance(at, tuple) else (at,)
+        # Where an axis has a single scale, that one; an index takes the axis away.
+        ends = [
+            (0 if isinstance(i, int) else slice(None)) if size == 1 else i
+            for i, size in zip(at, self._scales.get_shape())
+        ]
+        return self._values[at].astype(np.float32) * self._scales[tuple(ends)].astype(np.float32)
+
+
+@contextlib.contextmanager
+def opened(file):
+    """{name: values} of a safetensors file; `values[at]` is read when asked for.
+
+    Of an I8 tensor with scales that fit, these are `Scaled` and the scales have no name. What does
+    not fit is left as it is, for `mismatches`.
+    """
     with safe_open(file, framework="np") as tensors:
-        return tensors.get_tensor(name) if layer is None else tensors.get_slice(name)[layer]
+        held = {name: tensors.get_slice(name) for name in tensors.keys()}
+        for name in [name for name in held if name + SCALE in held]:
+            values, scales = held[name], held[name + SCALE]
+            shape, sizes = values.get_shape(), scales.get_shape()
+            if values.get_dtype() == "I8" and scales.get_dtype() in DTYPES:
+                if len(sizes) == len(shape) and all(n in (1, m) for n, m in zip(sizes, shape)):
+                    held[name] = Scaled(values, held.pop(name + SCALE))
+        yield held
 
 
 def header(file) -> dict[str, Entry]:
-    """{name: Entry} of a safetensors file; no tensor is read.
+    """{name: Entry} of a safetensors file, weights of 8 bits as F32; no tensor is read.
 
     Raises:
       FileNotFoundError: no such file.
@@ -356,9 +400,8 @@ def header(file) -> dict[str, Entry]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; copy the folder again, or make it again")
     try:
-        with safe_open(file, framework="np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {n: Entry(tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+        with opened(file) as tensors:
+            return {n: Entry(tuple(s.get_shape()), s.get_dtype()) for n, s in tensors.items()}
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error}); copy it again") from None
 
@@ -374,14 +417,24 @@ def check(found: dict[str, Entry], config: VitaConfig, where) -> None:
 
 
 def mismatches(found: dict[str, Entry], expected: dict[str, tuple]) -> list[str]:
-    """One line for each tensor that is missing, extra, of another shape or not floating-point."""
+    """One line for each tensor that is missing, extra, of another shape or not floating-point, or
+    of 8 bits with other scales or none.
+    """
     lines = [f"missing: {n} {list(shape)}" for n, shape in expected.items() if n not in found]
+    told = {name + SCALE for name, entry in found.items() if entry.dtype == "I8"}
     for name, entry in found.items():
         shape = list(entry.shape)
+        if name in told:  # in the line of its tensor
+            continue
         if name not in expected:
             lines.append(f"extra: {name} {shape}")
         elif shape != list(expected[name]):
             lines.append(f"{name}: expected shape {list(expected[name])}, found {shape}")
+        elif entry.dtype == "I8":
+            scale = found.get(name + SCALE)
+            scale = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            wanted = f"{name}{SCALE}, floating-point, {shape} or 1 where values share a scale"
+            lines.append(f"{name}: I8 needs {wanted}; found {scale}")
         elif entry.dtype not in DTYPES:
             lines.append(f"{name}: expected {', '.join(DTYPES)}, found {entry.dtype}")
     return lines

@@ -18,9 +18,11 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "nano"
 DESCRIPTION = """\
 VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text and speech.
 
+  vita demo build/nano                              three questions and their answers
   vita init vita_nano build/nano                    a small model with random weights
   vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
+  vita quantize checkpoints/vita checkpoints/int8   a checkpoint at a quarter of its size
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
   vita eval nano build/nano --data build/data       what it can do, against bars
@@ -134,6 +136,24 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
     chat.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
     chat.add_argument("--seed", type=int, default=0, help="the same seed draws the same reply")
 
+    demo = verb(
+        "demo",
+        _demo,
+        "answer three questions that come with the package, in text and speech",
+        """
+
+An English and a Mandarin question about a picture each, and noise, which is to be ignored. The
+replies go to the terminal and to DIR: a wav file each, and one picture of all, demo.png.""",
+    )
+    demo.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CKPT",
+        default=str(SHIPPED),
+        help="checkpoint folder with a voice (default: the one shipped)",
+    )
+    demo.add_argument("--out", metavar="DIR", default="build/demo", help="default: build/demo")
+
     init = verb(
         "init",
         _init,
@@ -163,6 +183,19 @@ pip install 'vita_jax[convert]'.""",
     convert.add_argument(
         "--to-torch", action="store_true", help="write a checkpoint back, byte for byte"
     )
+
+    quantize = verb(
+        "quantize",
+        _quantize,
+        "a checkpoint at about a quarter of its size: weights of 8 bits",
+        """
+
+Weights become int8 with a scale for each output channel, the codec's bfloat16; biases, norms and
+codebooks stay as they are. DST is used as any checkpoint: vita chat DST, init_from=DST. What is
+trained from it is float32 again.""",
+    )
+    quantize.add_argument("source", metavar="CKPT", help="checkpoint folder")
+    quantize.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
 
     train = verb(
         "train",
@@ -455,6 +488,37 @@ def _ask():
             return turn | {"text": line or None}
 
 
+def _demo(args):
+    from vita_jax import demo, load
+    from vita_jax.data.prompts import STATES
+
+    _check_shipped(args.checkpoint)
+    engine = load(args.checkpoint)
+    if engine.config.codec is None or engine.config.speech is None:
+        raise ValueError(f"{args.checkpoint}: has no speech decoder or codec, it can only write")
+    _say_untrained(args.checkpoint)
+    print("Asking everything once, so that it is compiled ...", flush=True)
+    for question, reply, file in demo.run(engine, args.out):
+        shown = f" about {question.image.name}" if question.image else ""
+        print(f"\n{question.audio.name}{shown}: {question.text}")
+        print(f"  reply  {reply.text or '(empty)'}")
+        print(f"  state  {STATES[reply.state] + ' ' + reply.state if reply.state else 'none'}")
+        times = [f"{k} {reply.times_s[k]:.2f} s" for k in demo.TIMES if k in reply.times_s]
+        print(f"  times  {', '.join(times)}")
+        seconds = len(reply.audio) / reply.sample_rate_hz
+        print(f"  saved  {file} ({seconds:.2f} s)" if file else "  saved  nothing: nothing is said")
+    print(f"\nListen to the wav files and look at {Path(args.out, 'demo.png')}.")
+
+
+def _check_shipped(checkpoint):
+    """Refuses the default checkpoint where it is not there."""
+    if checkpoint == str(SHIPPED) and not Path(SHIPPED, "config.json").exists():
+        raise ValueError(
+            "no CKPT given, and no trained model comes with this version: make one with `vita init "
+            "vita_nano DST`, or convert the published weights with `vita convert`"
+        )
+
+
 def _say_untrained(checkpoint):
     provenance = json.loads(Path(checkpoint, "provenance.json").read_text())
     if not provenance.get("trained", True):
@@ -496,6 +560,20 @@ def _convert(args):
         for file, names in provenance["overridden"].items():
             print(f"overridden by the main weights: {len(names)} tensors of {file}")
         print(f"{args.target}: converted. Try: vita info {args.target}")
+
+
+def _quantize(args):
+    from vita_jax.quantize import quantize
+
+    quantize(args.source, args.target)
+    sizes = [
+        sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()) / 1e6
+        for folder in (args.source, args.target)
+    ]
+    print(
+        f"{args.target}: {sizes[1]:.1f} MB of {sizes[0]:.1f}. Try: vita chat {args.target} "
+        "--text hello"
+    )
 
 
 def _train(args):

@@ -1,6 +1,11 @@
-"""Curves of runs and timelines as PNG files: numbers go in, a picture comes out. Called by
+"""Curves of runs, timelines and answers as PNG files: numbers go in, a picture comes out. Called by
 `cli.py`.
 """
+
+import textwrap
+import unicodedata
+import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -71,6 +76,84 @@ def _waveform(axes, samples, rate_hz, start, color, label):
     axes.annotate(
         label, (start, -1.1), xytext=(7, 0), textcoords="offset points", color=color, fontsize=13
     )
+
+
+# Fonts with Chinese characters, where they are installed: of Linux, macOS, Windows.
+HAN_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "STHeiti",
+    "Heiti TC", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
+)  # fmt: skip
+HAN_SUBSET = Path(__file__).parent / "samples" / "han.otf"  # characters of the small model's words
+
+
+def answers(rows, path):
+    """Draws questions and their answers, a row each: picture, spoken question, spoken answer.
+
+    Each waveform is scaled to its own peak; seconds are as wide in all of them. Chinese is drawn in
+    the first of `HAN_FONTS` that is installed; where none is, in `HAN_SUBSET`, and characters that
+    it lacks are drawn as boxes.
+
+    Args:
+      rows: dicts with `image` (RGB picture or None), `question` (float32[W]), `question_rate_hz`,
+        `asked` (its text), `answer` (float32[W], empty when nothing is said), `answer_rate_hz`,
+        `replied` (its text) and `note` (what stands below it).
+      path: PNG file to write, 1600 x 300 pixels a row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 3 * len(rows)), dpi=100)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        len(rows), 3, width_ratios=(1.1, 2.4, 2.4), wspace=0.06, hspace=0.55,
+        left=0.01, right=0.985, top=1 - 0.28 / len(rows), bottom=0.17 / len(rows),
+    )  # fmt: skip
+    panels = grid.subplots(squeeze=False)
+    rates = (("question", QUESTION), ("answer", ANSWER))
+    seconds = max(len(row[k]) / row[f"{k}_rate_hz"] for row in rows for k, _ in rates) or 1.0
+    family = ["DejaVu Sans", *_han_fonts()]
+    for row, (picture, *sounds) in zip(rows, panels):
+        picture.set_axis_off()
+        if row["image"] is not None:
+            picture.imshow(row["image"], interpolation="lanczos")
+        texts = (row["asked"], ""), (row["replied"], row["note"])
+        for axes, (key, colour), (text, note) in zip(sounds, rates, texts):
+            if len(row[key]):
+                _waveform(axes, row[key], row[f"{key}_rate_hz"], 0.0, colour, "")
+            axes.set(xlim=(0, seconds), ylim=(-1.5, 1.1), yticks=[])
+            axes.spines[["left", "right", "top"]].set_visible(False)
+            axes.tick_params(colors=INK, labelsize=9)
+            # A reply may hold "$": it is words, not mathematics.
+            says = {"color": INK, "family": family, "parse_math": False}
+            axes.set_title(_wrap(text, 54), loc="left", fontsize=17, pad=10, **says)
+            axes.text(0, -1.4, note, fontsize=11, **says)
+    for axes in panels[-1, 1:]:
+        axes.set_xlabel("seconds", color=INK)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, format="png")
+
+
+def _han_fonts():
+    """Families to draw Chinese in, the best first."""
+    from matplotlib import font_manager
+
+    fonts = font_manager.fontManager
+    installed = {font.name for font in fonts.ttflist}
+    found = [name for name in HAN_FONTS if name in installed]
+    if not found:
+        fonts.addfont(HAN_SUBSET)
+        found = [font_manager.get_font(HAN_SUBSET).family_name]
+    return found
+
+
+def _wrap(text, columns, lines=2):
+    """`text` in so many lines at most, of so many columns: Chinese characters are two wide."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    width = columns * len(text) // max(len(text) + wide, 1)
+    return textwrap.fill(text, max(width, 8), max_lines=lines, placeholder=" …")
 
 
 # What `curves` draws: metric, its axis.

@@ -155,8 +155,8 @@ def convert(source, target, seed: int = 0) -> dict:
 def to_torch(folder, target) -> None:
     """Writes a converted checkpoint back: each tensor to the file, and in the dtype, it came from.
 
-    Byte-equal to what was read, unless the parameters have been trained since. Parameters that came
-    from no file (`drawn` and `computed` in the provenance) are left out.
+    Byte-equal to what was read, unless the parameters have been trained or quantized since. Those
+    that came from no file (`drawn` and `computed` in the provenance) are left out.
 
     Args:
       folder: checkpoint made by `convert`.

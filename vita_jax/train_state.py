@@ -22,7 +22,6 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import safe_open
 
 from vita_jax import checkpoint, lora
 from vita_jax import config as configs
@@ -68,7 +67,7 @@ class Origin:
 
     Attributes:
       file: safetensors file of its part; None if it is drawn.
-      dtype: in which it is stored.
+      dtype: in which it is stored, float32 if that is int8 with scales.
       box: its entry of `boxed_shapes`.
       seed: it is drawn with.
     """
@@ -84,8 +83,8 @@ class Origin:
         if self.file is None:
             yield vita.draw(path, self.box, self.seed)
             return
-        with safe_open(self.file, framework="np") as tensors:
-            yield tensors.get_slice(path.split("/", 1)[1])
+        with checkpoint.opened(self.file) as tensors:
+            yield tensors[path.split("/", 1)[1]]
 
 
 def origins(config: TrainConfig) -> dict[str, Origin]:
@@ -274,8 +273,8 @@ def state_shapes(shapes, optimizer, mesh) -> State:
 
 
 def export(folder, config: TrainConfig, origins: dict[str, Origin], params, tokenizer) -> None:
-    """Writes the model as a checkpoint folder: what trained in float32, all else as it came, but
-    for adapters, which are merged into their weights.
+    """Writes the model as a checkpoint folder: what trained in float32, all else as it came (int8
+    as float32), but for adapters, which are merged into their weights.
 
     Every process must call this; the first one writes.
 

@@ -65,8 +65,17 @@ def conversation_mask(segment_ids, order=None):
     return (same & (order[:, None] <= order[:, :, None]))[:, None]
 
 
-def _dense(q, k, v, mask):
-    """Attention by XLA: all scores of a layer are in memory at once."""
+def probabilities(q, k, mask):
+    """How much each query takes of each key, several query heads to a key head: rows sum to 1.
+
+    Args:
+      q: dtype[B, T, N, H].
+      k: dtype[B, S, K, H], K divides N.
+      mask: bool[B, 1, T, S] True where attention is allowed, or None for everywhere.
+
+    Returns:
+      float32[B, K, G, T, S].
+    """
     b, t, n, h = q.shape
     heads = k.shape[2]
     # Query heads of a key head one below the other: plain batched products, which CPUs are fast at.
@@ -75,9 +84,14 @@ def _dense(q, k, v, mask):
     scores = scores.reshape(b, heads, n // heads, t, -1)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, MASKED)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    probabilities = probabilities.reshape(b, heads, n // heads * t, -1)
-    y = jnp.einsum("BKRS,BSKH->BKRH", probabilities, v)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _dense(q, k, v, mask):
+    """Attention by XLA: all scores of a layer are in memory at once."""
+    b, t = q.shape[:2]
+    weights = probabilities(q, k, mask).astype(v.dtype)
+    y = jnp.einsum("BKRS,BSKH->BKRH", weights.reshape(b, k.shape[2], -1, k.shape[1]), v)
     return einops.rearrange(y, "B K (G T) H -> B T (K G) H", T=t)
 
 

@@ -198,27 +198,35 @@ class GatedAttention(nn.Module):
           dtype[B, T, D] and the cache with the keys and values of `x`.
         """
         c = self.config
-        d, n, k, h = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-
-        def project(name, heads, axis):
-            y = jnp.einsum(
-                "BTD,DNH->BTNH",
-                x,
-                weight(self, name, (d, heads, h), ("embed", axis, "head_dim")).astype(x.dtype),
-            )
-            if c.qkv_bias:
-                y = y + bias(self, name + "_bias", (heads, h), (axis, "head_dim")).astype(x.dtype)
-            return y
-
-        q = rotary(project("q", n, "heads"), positions, c.rope_theta)
-        keys = rotary(project("k", k, "kv_heads"), positions, c.rope_theta)
-        values = project("v", k, "kv_heads")
+        q, keys, values = project(self, x, positions)
         if cache is not None:
             cache = cache.write(layer, keys, values)
             keys, values = cache.read(layer)
         y = attention(q, keys.astype(x.dtype), values.astype(x.dtype), mask)
-        out = weight(self, "out", (n, h, d), ("heads", "head_dim", "embed"), num_inputs=2)
+        shape = (c.num_heads, c.head_dim, c.embed_dim)
+        out = weight(self, "out", shape, ("heads", "head_dim", "embed"), num_inputs=2)
         return jnp.einsum("BTNH,NHD->BTD", y, out.astype(x.dtype)), cache
+
+
+def project(module, x, positions):
+    """Queries dtype[B, T, N, H], keys and values dtype[B, T, K, H] of dtype[B, T, D] by the weights
+    of a `GatedAttention`, `module`; queries and keys turned to their `positions`, int32[B, T].
+    """
+    c = module.config
+
+    def heads(name, number, axis):
+        kernel = weight(
+            module, name, (c.embed_dim, number, c.head_dim), ("embed", axis, "head_dim")
+        )
+        y = jnp.einsum("BTD,DNH->BTNH", x, kernel.astype(x.dtype))
+        if c.qkv_bias:
+            shift = bias(module, name + "_bias", (number, c.head_dim), (axis, "head_dim"))
+            y = y + shift.astype(x.dtype)
+        return y
+
+    q = rotary(heads("q", c.num_heads, "heads"), positions, c.rope_theta)
+    k = rotary(heads("k", c.num_kv_heads, "kv_heads"), positions, c.rope_theta)
+    return q, k, heads("v", c.num_kv_heads, "kv_heads")
 
 
 class GatedMlp(nn.Module):

@@ -91,7 +91,8 @@ def test_clips_and_what_is_made_of_them(tmp_path):
     unasked = list(nano._unasked(tmp_path, tmp_path / "noise", False))
     assert len(unasked) == nano.NUM_NOISES + 1 and all(one["inserted_id"] == 1 for one in unasked)
     sets = judged._speech(tmp_path)
-    assert [one["id"] for one in sets["codec_answer"]] and len(sets["query"]) == 1
+    assert len(sets["codec_answer"]) == len(sets["query"]) == 1
+    assert all(nano.Path(one["audio"][0]).exists() for one in sets["query"])
     assert sets["asr_domain_zh"][0]["conversations"][0]["value"] == "<audio>请写下你听到的。"
     assert sets["asr_domain_en"] == [] == sets["overheard"]
 

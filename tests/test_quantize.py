@@ -178,16 +178,24 @@ def flat_scale(llm):
          r"llm/norm/scale: I8 needs llm/norm/scale.scale"),
     ],
 )  # fmt: skip
-def test_misfits_are_refused(copy, change, words):
+def test_misfits_are_refused(folder, copy, change, words):
     edit(copy, change)
+    expected = {path: v.shape for path, v in stored(folder).items() if path.startswith("llm/")}
+    found = {f"llm/{n}": e for n, e in checkpoint.header(copy / "llm.safetensors").items()}
     with pytest.raises(ValueError, match=words) as error:
-        checkpoint.load(copy)
+        checkpoint.refuse(checkpoint.mismatches(found, expected), copy)
     assert str(copy) in str(error.value)
     if "2 tensors" in words:
         for line in ("missing: llm/head [64, 320]", "extra: llm/head.scale [1, 320]"):
             assert line in str(error.value)
     else:
         assert "\n" not in str(error.value)
+
+
+def test_load_refuses_misfits(copy):
+    edit(copy, lambda llm: llm.pop("head.scale"))
+    with pytest.raises(ValueError, match="llm/head: I8 needs llm/head.scale.*found none"):
+        checkpoint.load(copy)
 
 
 def test_twice_is_refused(folder, quantized, tmp_path, capsys):

@@ -5,7 +5,7 @@ Goes in: a checkpoint folder. Comes out: another that everything reads as it doe
 along the axes that share a scale: the inputs of a weight, the columns of a table.
 Kept as they are: biases, norms, statistics, codebooks and small tensors. The weights of the codec
 become bfloat16 at the least: int8 leaves its waveform 38 dB above the error, bfloat16 50 dB
-(`vita_nano`, random weights, a second and a half of speech encoded and decoded).
+(`vita_nano`, random weights, a spoken question encoded and decoded).
 Read next: `checkpoint.py`.
 """
 

@@ -99,7 +99,8 @@ def _openmoji(folder, packages, known):
 
 def _speech(target):
     """{set: samples} of clips."""
-    rows = [row | {"file": str(Path(target, "x", "y", row["file"]))} for row in nano.clips(target)]
+    beside = Path(target, "eval", "audio")  # as deep as the folders that the files are seen from
+    rows = [row | {"file": str((beside / row["file"]).resolve())} for row in nano.clips(target)]
     unseen = [row for row in rows if row["split"] == "unseen"]
     rows = [row for row in rows if row["split"] == "held_out"]
     sets = {}

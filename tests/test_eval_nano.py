@@ -331,6 +331,7 @@ def test_speed_is_measured_in_a_process_of_its_own(checkpoint, data, tmp_path, m
 
 
 def test_what_is_not_there_is_said(checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "eval" / "name_en").mkdir(parents=True)
     find = importlib.util.find_spec
     monkeypatch.setattr(

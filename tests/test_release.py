@@ -161,7 +161,7 @@ def test_every_misfit_is_in_one_error(source, published, tmp_path):
         f"missing: {VISION}encoder.layers.1.ls1 [32]",
         "extra: lm_head.bias [4]",
         "model.mm_projector.0.weight: expected shape [64, 128], found [4, 5]",
-        "model.embed_tokens.weight: expected F32, F16, BF16, found I8",
+        "or 1 where values share a scale; found none",  # of the whole numbers
     ):
         assert line in str(error.value)
     assert not (tmp_path / "new").exists()

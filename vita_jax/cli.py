@@ -611,7 +611,7 @@ def _train(args):
 
 
 def _eval(args):
-    import rich
+    from rich.console import Console
 
     from vita_jax import eval_nano
 
@@ -619,7 +619,7 @@ def _eval(args):
     only = tuple(args.only.split(",")) if args.only else ()
     more = args.before, only, args.limit, args.out, args.dtype
     report = eval_nano.run(args.checkpoint, args.data, *more, progress=True)
-    rich.print(eval_nano.table(report))
+    Console().print(eval_nano.table(report))
     print(f"written: {Path(args.out, eval_nano.REPORT)}")
     return 1 if any(row["bar"] and not row["met"] for row in report["rows"]) else 0
 

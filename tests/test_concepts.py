@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,6 @@ from vita_jax.data.concepts import (
     fetch,
     read_concepts,
 )
-
-REAL = os.environ.get("VITA_DRAWINGS", "")  # a folder filled by `fetch`
 
 
 def row(code, label, group, subgroup=0):
@@ -100,7 +97,6 @@ def test_styles_that_have_a_concept_never_name_the_held_out(folder):
 @pytest.mark.parametrize("style, colour", [("noto", (0, 0, 255)), ("twemoji", (255, 0, 0)),
                                            ("openmoji", (0, 255, 0))])  # fmt: skip
 def test_a_drawing_fills_its_square_by_its_longer_side(folder, style, colour):
-    pytest.importorskip("resvg_py")
     drawn = Drawings(folder).draw(style, "1F408", 32)
     assert drawn.shape == (32, 32, 4) and drawn.dtype == np.uint8
     rows, columns = (drawn[..., 3] > 128).any(1).nonzero()[0], (drawn[..., 3] > 128).any(0)
@@ -143,15 +139,11 @@ def test_packages_are_pinned():
     assert all(len(package.sha256) == 64 and package.licence for package in PACKAGES)
 
 
-@pytest.mark.skipif(
-    not (Path(REAL) / LABELS.file).is_file(),
-    reason="needs the packages: fill a folder by vita_jax.data.concepts.fetch, name it in "
-    "VITA_DRAWINGS",
-)
-def test_the_real_packages():
-    pytest.importorskip("resvg_py", reason="resvg-py renders the drawings; install vita_jax[data]")
-    fetch(REAL)
-    found, drawings = read_concepts(REAL), Drawings(REAL)
+@pytest.mark.slow
+def test_the_real_packages(tmp_path):
+    folder = os.environ.get("VITA_DRAWINGS", tmp_path)  # one that is filled saves the download
+    fetch(folder)
+    found, drawings = read_concepts(folder), Drawings(folder)
     assert len(found) == 837
     cat = next(c for c in found if c.en == "cat")
     assert (cat.code, cat.zh, cat.kind, cat.subgroup) == ("1F408", "猫", 3, "animal-mammal")

@@ -196,7 +196,7 @@ def test_opus_is_moved_to_where_the_original_is():
     assert np.corrcoef(heard, speech)[0, 1] > 0.7
 
 
-@pytest.mark.skipif(evaluate.missing("pesq") is not None, reason="pesq is not installed")
+@pytest.mark.peer
 def test_pesq():
     speech, rate_hz = soundfile.read(CLIPS[0], dtype="float32")
     noisy = speech + 0.05 * np.random.default_rng(0).standard_normal(len(speech)).astype("f4")
@@ -205,7 +205,7 @@ def test_pesq():
     assert evaluate.pesq(0 * speech, noisy, rate_hz) is None
 
 
-@pytest.mark.skipif(evaluate.missing("speechmos", "requests") is not None, reason="no speechmos")
+@pytest.mark.peer
 def test_dnsmos():
     speech, rate_hz = soundfile.read(CLIPS[0], dtype="float32")
     noise = 0.1 * np.random.default_rng(0).standard_normal(len(speech)).astype("f4")
@@ -213,7 +213,7 @@ def test_dnsmos():
     assert min(good) > 2.5 > max(bad)
 
 
-@pytest.mark.skipif(evaluate.missing("opencc") is not None, reason="opencc is not installed")
+@pytest.mark.peer
 def test_simplified():
     assert evaluate.simplified("這是貓。") == "这是猫。"
 

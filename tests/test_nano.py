@@ -109,7 +109,6 @@ def test_files_of_a_judged_sample(tmp_path):
 
 
 def test_easy_vqa_in_sentences():
-    pytest.importorskip("easy_vqa", reason="extra `data`")
     samples = list(nano.easy_vqa("test"))
     assert len(samples) == 9673
     said = {one["conversations"][1]["value"] for one in samples}

@@ -23,14 +23,14 @@ def sources(shares):
 
 
 def seen(mixture):
-    """Data of a stage that sees."""
+    """Data of a stage that sees. Many short rows: little attention is spent on what is masked."""
     return DataConfig(
         mixture=sources(mixture),
         held_out=(f"{DATA}#names-held_out",),
-        batch_size=2,
-        max_tokens=512,
-        max_tiles=15,
-        num_shards=2,
+        batch_size=16,
+        max_tokens=144,
+        max_tiles=4,
+        num_shards=4,
     )
 
 
@@ -41,8 +41,9 @@ def heard(mixture, **more):
         held_out=(f"{DATA}/held_out/asr",),
         batch_size=4,
         max_tokens=384,
-        max_clips=4,
-        max_audio_frames=480,
+        max_clips=8,
+        max_audio_frames=320,
+        max_reject_share=0.1,  # what is longer
         num_shards=4,
         augment_audio=True,
         **more,
@@ -50,7 +51,7 @@ def heard(mixture, **more):
 
 
 LATER = dict(weight_decay=0.05, b2=0.98)
-NUM_UNITS = 3000  # at most, of the CTC head
+NUM_UNITS = 1280  # at most, of the CTC head: Chinese characters, and English by the letter
 STAGES = {
     "0": dict(
         file="stage0_text",
@@ -67,16 +68,16 @@ STAGES = {
     "1_1": dict(
         file="stage1_1_vision_alignment",
         init_from=(f"{RUNS}/s0/model",),
-        data=seen({"#plain": 1.0}),
+        data=seen({"#captions": 1.0}),
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
     "1_2": dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s1_1/model",),
-        data=seen({"#plain": 0.4, "#names": 0.3, "#qa": 0.3}),
-        optim=OptimConfig(learning_rate=1e-3, **LATER),
-        num_steps=8000,
+        data=seen({"#captions": 0.85, "#qa": 0.15}),
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
+        num_steps=2500,
     ),
     "1_3": dict(
         file="stage1_3_vision_sft",
@@ -87,10 +88,10 @@ STAGES = {
     ),
     "2_1a": dict(
         file="stage2_1a_speech_encoder",
-        init_from=(f"{RUNS}/s1_3/model",),
+        init_from=(),  # nothing that was trained before goes into it
         data=heard({"asr": 1.0}, units=f"{DATA}/units.json"),
-        optim=OptimConfig(learning_rate=1e-3, clip_norm=5.0, **LATER),
-        num_steps=6000,
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
+        num_steps=2400,
     ),
     "2_1b": dict(
         file="stage2_1b_speech_adapter",
@@ -124,9 +125,23 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, b1=0.8, b2=0.99, clip_norm=1e5),
         num_steps=8000,
     ),
+    "3_1b": dict(  # on, in pieces of a second: less of each is an edge
+        file="stage3_1_codec",
+        discriminator_channels=0,
+        init_from=(f"{RUNS}/s3_1/model",),
+        data=DataConfig(
+            mixture={f"{DATA}/speech#train": 1.0},
+            held_out=(f"{DATA}/speech#held_out",),
+            batch_size=5,
+            max_tokens=40,
+            num_shards=5,
+        ),
+        optim=OptimConfig(learning_rate=6e-4, b1=0.8, b2=0.99, clip_norm=1e5),
+        num_steps=6000,
+    ),
     "3_2": dict(
         file="stage3_2_speech_decoder",
-        init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1/model"),
+        init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1b/model"),
         data=DataConfig(
             mixture={f"{DATA}/codec_tokens_train": 1.0},
             held_out=(f"{DATA}/codec_tokens_held_out",),

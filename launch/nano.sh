@@ -9,7 +9,7 @@ source launch/venv.sh "[data,judges]"
 data=build/nano/data runs=build/nano/runs
 
 [ -e $data/manifest.json ] || .venv/bin/vita data build $data ${1:+--bank "$1"}
-[ -e $data/units.json ] || .venv/bin/vita data units $data/asr $data/units.json --size 3000
+[ -e $data/units.json ] || .venv/bin/vita data units $data/asr $data/units.json --size 1280
 for stage in 0 1_1 1_2 1_3 2_1a 2_1b 2_2 3_1 3_2; do
     if [ $stage = 3_2 ]; then
         for split in train held_out; do

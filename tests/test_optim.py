@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from vita_jax.config import OptimConfig
+from vita_jax import params as trees
+from vita_jax.config import OptimConfig, vita_tiny
+from vita_jax.models.vita import init_params
 from vita_jax.optim import make_optimizer, schedule
 
 PARAMS = {"vision": {"up": jnp.full(3, 2.0)}, "llm": {"up": jnp.full(3, 2.0), "bias": jnp.ones(2)}}
@@ -91,3 +93,33 @@ def test_equals_optax_adamw():
         updates, peer_state = peer.update(grads, peer_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_muon_makes_updates_of_weights_orthogonal():
+    """Of each layer's matrix by itself; tables, heads, norms and biases get what AdamW gives."""
+    model = vita_tiny()
+    flat = {f"llm/{p}": x for p, x in trees.flatten(init_params(model, 0)["llm"]).items()}
+    weights = [p for p in flat if "/attn/" in p or "/mlp/" in p if "bias" not in p]
+    grads = {p: np.random.default_rng(i).standard_normal(x.shape, np.float32) for i, (p, x) in
+             enumerate(flat.items())}  # fmt: skip
+    updates = {}
+    for muon_rate in (0.0, 0.3):
+        config = dataclasses.replace(PLAIN, muon_rate=muon_rate)
+        optimizer = make_optimizer(config, 1000, flat, model)
+        state = optimizer.init(trees.unflatten(flat))
+        found, state = optimizer.update(trees.unflatten(grads), state, trees.unflatten(flat))
+        updates[muon_rate] = trees.flatten(found)
+    assert len(weights) == 7
+    for path in flat:
+        if path not in weights:
+            np.testing.assert_array_equal(updates[0.3][path], updates[0.0][path], err_msg=path)
+    for path in weights:
+        inputs = 2 if path.endswith("/out") else 1
+        for layer in np.asarray(updates[0.3][path]):
+            matrix = layer.reshape(np.prod(layer.shape[:inputs]), -1)
+            size = 0.2 * 0.3 * max(matrix.shape) ** 0.5
+            values = np.linalg.svd(matrix, compute_uv=False) / size
+            # Five iterations bring all but the least of them near one.
+            assert values.max() < 1.3 and np.quantile(values, 0.05) > 0.6, path
+    moments = trees.flatten(optax.tree_utils.tree_get(state, "nu"))
+    assert not any(getattr(moments.get(path), "size", 0) for path in weights)

@@ -174,7 +174,7 @@ class OurStep:
         batch = full_batch(config, segments)
         trained, frozen = train_state.param_shapes(config, used_parts(config, batch), mesh)
         paths = list(trees.flatten(trained))
-        optimizer = make_optimizer(config.optim, config.num_steps, paths)
+        optimizer = make_optimizer(config.optim, config.num_steps, paths, config.model)
         shapes = train_state.state_shapes(trained, optimizer, mesh)
         shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
         begin = functools.partial(train_state.start, optimizer=optimizer)

@@ -397,8 +397,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine. Source: the release's scripts; what they leave out is the
-    default of transformers' Trainer.
+    """AdamW, or Muon for weights, with warm-up and cosine. Source: the release's scripts; what they
+    leave out is the default of transformers' Trainer.
     """
 
     learning_rate: float  # at the end of the warm-up
@@ -412,6 +412,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     momentum_dtype: str = "float32"  # of the first moment; the second is float32
+    muon_rate: float = 0.0  # of weights, if not 0: they get Muon, tables, norms and biases AdamW
 
     def __post_init__(self):
         if self.momentum_dtype not in ("float32", "bfloat16"):

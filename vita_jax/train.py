@@ -104,7 +104,7 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     frozen = train_state.place(origins, frozen)
 
     # State: as it was saved, or from the start.
-    optimizer = make_optimizer(config.optim, config.num_steps, paths)
+    optimizer = make_optimizer(config.optim, config.num_steps, paths, config.model)
     shapes = train_state.state_shapes(trained, optimizer, mesh)
     shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
     saves = train_state.Saves(workdir / "saves", config.keep)

@@ -257,15 +257,19 @@ def state_shapes(shapes, optimizer, mesh) -> State:
     state = jax.eval_shape(functools.partial(start, optimizer=optimizer), shapes)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
+    def masked(x):  # in the place of parameters that another optimizer has
+        return isinstance(x, optax.MaskedNode)
+
     def at(shape, sharding):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda moment, param: at(moment, param.sharding),
+        lambda moment, param: moment if masked(moment) else at(moment, param.sharding),
         state.opt_state,
         shapes,
         transform_non_params=lambda leaf: at(leaf, everywhere),
+        is_leaf=masked,
     )
     scalar = at(state.step, everywhere)
     use = jax.tree.map(lambda leaf: at(leaf, everywhere), state.use)

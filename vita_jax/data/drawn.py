@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -34,7 +35,8 @@ SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "names" asks what a picture shows, "plain" the same of easier pictures; "qa" asks all that
+    "captions" are pictures, some of them easier, with what they show and no question: the most
+    pictures for the tokens. "names" asks what a picture shows; "qa" asks all that
     `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves, and
     nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
     forms that are not trained on and recordings of other voices.
@@ -81,7 +83,7 @@ class DrawnSource:
         media, asks = KINDS[self.kind](draw)
         langs = draw.rng.permutation(talk.LANGS)
         turns, recordings = [], []
-        for number in range(1 if self.kind in ("names", "plain") else draw.rng.integers(1, 4)):
+        for number in range(1 if self.kind in ("names", "captions") else draw.rng.integers(1, 4)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
             if not number:
@@ -93,8 +95,15 @@ class DrawnSource:
 
     def drawing(self, code: str, style: str) -> np.ndarray:
         """uint8[px, px, 4], red, green, blue and cover, of a concept in one style."""
-        with PIL.Image.open(self._folder / "drawings" / style / f"{code}.png") as image:
+        file = _bytes(self._folder / "drawings" / style / f"{code}.png")
+        with PIL.Image.open(io.BytesIO(file)) as image:
             return np.asarray(image.convert("RGBA"))
+
+
+@functools.cache
+def _bytes(file: Path) -> bytes:
+    """A file, read once: all drawings are 63 MB."""
+    return file.read_bytes()
 
 
 class _Draw:
@@ -136,11 +145,19 @@ def _names(draw):
     return {"image": picture}, [_name(draw, concept)]
 
 
-def _plain(draw):
-    """The same, of a picture with nothing in the way."""
-    concept = draw.choose(draw.source.concepts)
-    picture = scenes.plain(draw.rng, draw.drawing(concept.code), PX)
-    return {"image": picture}, [_name(draw, concept)]
+def _captions(draw):
+    """One thing or a mosaic of four, some with nothing in the way, and names without a question."""
+    number, px = draw.choose([(1, PX), (4, PX // 2)])
+    concepts = [draw.choose(draw.source.concepts) for _ in range(number)]
+    pictures = [
+        draw.choose([scenes.plain, scenes.single])(draw.rng, draw.drawing(concept.code), px)
+        for concept in concepts
+    ]
+    if number == 1:
+        asked = functools.partial(talk.name, concepts[0].en, concepts[0].zh)
+        return {"image": pictures[0]}, [lambda lang: ("", asked(lang))]
+    names = functools.partial(talk.several, [(concept.en, concept.zh) for concept in concepts])
+    return {"image": scenes.mosaic(pictures)}, [lambda lang: ("", names(lang))]
 
 
 def _name(draw, concept):
@@ -302,6 +319,7 @@ def _qa(draw):
 
 
 KINDS = {
-    "names": _names, "plain": _plain, "qa": _qa, "one": _one, "count": _count, "place": _place,
-    "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing, "talk": _talk,
+    "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
+    "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
+    "talk": _talk,
 }  # fmt: skip

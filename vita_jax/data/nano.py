@@ -256,7 +256,8 @@ def clips(target: Path) -> list[dict]:
 
 
 def _to_transcribe(target, folder, held_out):
-    """Speech to write down."""
+    """Speech to write down; its files are found by way of the folder's own `audio`."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
     up = "../" * held_out
     for row in clips(target):
         if row["split"] == ("held_out" if held_out else "train"):

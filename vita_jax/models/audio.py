@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.config import AudioConfig
-from vita_jax.models.layers import ACTIVATIONS, Cache, LayerNorm, bias, init_cache, stack, weight
+from vita_jax.models.layers import (
+    ACTIVATIONS,
+    Cache,
+    LayerNorm,
+    bias,
+    gelu,
+    init_cache,
+    stack,
+    weight,
+)
 from vita_jax.models.vision import two_layers
 
 MASKED_SCORE = -65504.0  # the release fills with the least float16, whatever the dtype
@@ -370,7 +379,7 @@ class Adapter(nn.Module):
             x, kernel.astype(x.dtype), (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
         )
         y = y + bias(self, "conv_bias", (c.adapter_dim,), ("mlp",)).astype(x.dtype)
-        y = nn.gelu(LayerNorm(c.adapter_norm_eps, name="norm")(y), approximate=False)
+        y = gelu(LayerNorm(c.adapter_norm_eps, name="norm")(y))
         out = weight(self, "out", (c.adapter_dim, c.out_dim), ("mlp", "embed"))
         return y @ out.astype(x.dtype) + bias(
             self, "out_bias", (c.out_dim,), ("act_embed",)

@@ -40,6 +40,13 @@ def drawn(axes, std: float = 0.0, mean: float = 0.0, num_inputs: int = 0):
     return init
 
 
+def gelu(x):
+    """GELU by the error function itself, as PyTorch has it: JAX's own takes the complement, which
+    costs a CPU more.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
+
+
 def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> jax.Array:
     """A parameter drawn from N(0, 1 / fan_in); the first `num_inputs` axes are summed over when it
     is used. If the collection `lora` has a pair for it, their product is added (`lora.py`).

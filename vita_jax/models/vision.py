@@ -14,7 +14,7 @@ import numpy as np
 
 from vita_jax.config import VisionConfig
 from vita_jax.models.attention import attention
-from vita_jax.models.layers import ACTIVATIONS, LayerNorm, bias, stack, weight
+from vita_jax.models.layers import ACTIVATIONS, LayerNorm, bias, gelu, stack, weight
 
 
 class Vision(nn.Module):
@@ -157,7 +157,7 @@ class Projector(nn.Module):
         return two_layers(self, x, (4 * c.embed_dim, c.out_dim, c.out_dim))
 
 
-def two_layers(module, x, dims, activation=lambda x: nn.gelu(x, approximate=False)):
+def two_layers(module, x, dims, activation=gelu):
     """`module`'s up and down projections of `dims` (in, hidden, out), with biases, `activation`
     between.
     """

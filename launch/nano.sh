@@ -6,14 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh "[data,judges]"
+# glibc otherwise gives memory back after every step and has each page of it zeroed again.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000
 data=build/nano/data runs=build/nano/runs
 
 [ -e $data/manifest.json ] || .venv/bin/vita data build $data ${1:+--bank "$1"}
 [ -e $data/units.json ] || .venv/bin/vita data units $data/asr $data/units.json --size 1280
-for stage in 0 1_1 1_2 1_3 2_1a 2_1b 2_2 3_1 3_2; do
+for stage in 0 1_1 1_2 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_2; do
     if [ $stage = 3_2 ]; then
         for split in train held_out; do
-            .venv/bin/vita data codec-tokens $runs/s3_1/model $data/speech#$split $data/codec_tokens_$split
+            .venv/bin/vita data codec-tokens $runs/s3_1b/model $data/speech#$split $data/codec_tokens_$split
         done
     fi
     echo "Stage $stage"

@@ -71,6 +71,21 @@ def test_questions_fit_what_is_drawn(folder):
     assert len(seen) > 70
 
 
+def test_captions_name_what_a_mosaic_shows(folder):
+    source = DrawnSource(f"{folder}#captions")
+    names = {lang: [getattr(c, lang) for c in source.concepts] for lang in talk.LANGS}
+    numbers = set()
+    for index in range(40):
+        sample = source.sample(index)
+        question, answer = (turn["value"] for turn in sample["conversations"])
+        assert question == "<image>\n" and sample["image"].size == (112, 112)
+        parts = re.split(", |，", answer.rstrip(".。"))
+        if len(parts) > 1:  # each quarter shows one
+            assert any(all(part in names[lang] for part in parts) for lang in talk.LANGS)
+        numbers.add(len(parts))
+    assert numbers == {1, 4}
+
+
 @pytest.mark.parametrize("kind, pattern", [
     ("count", r"There (is|are) \w+ \w+\.|有.+。|Yes, .+\.|No, there is not\.|是的.+|没有。"),
     ("move", r"The \w+ moves (to the left|to the right|up|down)\.|.+向.移动。"),
@@ -106,5 +121,5 @@ def test_held_out_asks_other_questions(folder):
 
 
 def test_another_kind_is_refused(folder):
-    with pytest.raises(ValueError, match="#nothing-new: expected FOLDER#KIND, KIND one of names"):
+    with pytest.raises(ValueError, match="#nothing-new: expected FOLDER#KIND, KIND one of captions"):
         DrawnSource(f"{folder}#nothing-new")

@@ -87,7 +87,7 @@ def test_clips_and_what_is_made_of_them(tmp_path):
         samples = list(nano._to_transcribe(tmp_path, folder / "asr", held_out))
         assert [one["conversations"][1]["value"] for one in samples] == texts
         for one in samples:
-            assert (folder / "asr" / "audio" / one["audio"][0]).resolve().exists()
+            assert (folder / "asr" / "audio" / one["audio"][0]).exists()
     unasked = list(nano._unasked(tmp_path, tmp_path / "noise", False))
     assert len(unasked) == nano.NUM_NOISES + 1 and all(one["inserted_id"] == 1 for one in unasked)
     sets = judged._speech(tmp_path)
@@ -118,11 +118,12 @@ def test_easy_vqa_in_sentences():
 
 def test_stages_of_the_small_model():
     file = nano.Path(__file__).parents[1] / "configs/nano.py"
-    stages = ["0", "1_1", "1_2", "1_3", "2_1a", "2_1b", "2_2", "3_1", "3_2"]
+    stages = ["0", "1_1", "1_2", "1_3", "2_1a", "2_1b", "2_2", "3_1", "3_1b", "3_2"]
     for before, stage in zip([None, *stages], stages):
         config = load_config(f"{file}:{stage}")
         assert config.model.name == "vita_nano" and config.dtype == "float32"
-        assert not config.init_from or stage == "3_1" or f"s{before}" in str(config.init_from)
+        if stage not in ("0", "2_1a", "3_1"):  # which start from nothing
+            assert f"s{before}/" in str(config.init_from)
         assert bool(config.model.audio.num_units) == (stage == "2_1a")
     with pytest.raises(KeyError):
         load_config(f"{file}:9")

@@ -63,9 +63,9 @@ def jobs(
 
     Returns:
       (kind, language, voice, text, split) each: "question" is a form with its slots filled, by
-      `NUM_VOICES` voices and by all that are held out, "answer" what `talk.answers` lists, "name"
-      the name of a concept by a voice that does not answer, "sentence" one of `unseen`, of which
-      `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or "unseen" (the text).
+      `NUM_VOICES` voices and by all that are held out, "answer" what `talk.answers` lists and
+      the name of each concept, "name" the same by a voice that does not answer, "sentence" one of
+      `unseen`, of which `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or "unseen" (the text).
     """
     queues = {kind: [] for kind in ("question", "held_out", "answer", "name", "sentence")}
     concepts, unseen = list(concepts), sorted(unseen)
@@ -82,7 +82,8 @@ def jobs(
                     for voice in HELD_OUT[lang]:
                         text = _filled(form, lang, rng)
                         queues["held_out"].append(("question", lang, voice, text, "held_out"))
-        for text in dict.fromkeys(talk.answers(lang)):
+        named = [talk.name(concept.en, concept.zh, lang) for concept in concepts]
+        for text in dict.fromkeys(talk.answers(lang) + named):
             queues["answer"].append(("answer", lang, ANSWERS[lang], text, "train"))
         for pair in sorted(unseen, key=lambda pair: _hash(seed, pair[0]))[:NUM_UNSEEN]:
             text = pair[talk.LANGS.index(lang)]

@@ -121,5 +121,5 @@ def test_held_out_asks_other_questions(folder):
 
 
 def test_another_kind_is_refused(folder):
-    with pytest.raises(ValueError, match="#nothing-new: expected FOLDER#KIND, KIND one of captions"):
+    with pytest.raises(ValueError, match="#nothing-new: expected FOLDER#KIND, KIND one of capt"):
         DrawnSource(f"{folder}#nothing-new")

@@ -65,7 +65,8 @@ def jobs(
       (kind, language, voice, text, split) each: "question" is a form with its slots filled, by
       `NUM_VOICES` voices and by all that are held out, "answer" what `talk.answers` lists and
       the name of each concept, "name" the same by a voice that does not answer, "sentence" one of
-      `unseen`, of which `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or "unseen" (the text).
+      `unseen`, of which `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or
+      "unseen" (the text).
     """
     queues = {kind: [] for kind in ("question", "held_out", "answer", "name", "sentence")}
     concepts, unseen = list(concepts), sorted(unseen)

@@ -34,14 +34,14 @@ def seen(mixture):
     )
 
 
-def heard(mixture, **more):
+def heard(mixture, batch_size=12, max_tokens=144, max_clips=3, **more):
     """Data of a stage that hears."""
     return DataConfig(
         mixture=sources(mixture),
         held_out=(f"{DATA}/held_out/asr",),
-        batch_size=4,
-        max_tokens=384,
-        max_clips=8,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        max_clips=max_clips,
         max_audio_frames=320,
         max_reject_share=0.1,  # what is longer
         num_shards=4,
@@ -82,14 +82,16 @@ STAGES = {
     "1_3": dict(
         file="stage1_3_vision_sft",
         init_from=(f"{RUNS}/s1_2/model",),
-        data=seen({"#qa": 0.5, "#names": 0.35, "easy_vqa": 0.15}),
-        optim=OptimConfig(learning_rate=1e-3, **LATER),
-        num_steps=4000,
+        data=seen({"#captions": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=2500,
     ),
     "2_1a": dict(
         file="stage2_1a_speech_encoder",
         init_from=(),  # nothing that was trained before goes into it
-        data=heard({"asr": 1.0}, units=f"{DATA}/units.json"),
+        data=heard(
+            {"asr": 1.0}, batch_size=4, max_tokens=384, max_clips=8, units=f"{DATA}/units.json"
+        ),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
         num_steps=2400,
     ),
@@ -97,19 +99,19 @@ STAGES = {
         file="stage2_1b_speech_adapter",
         init_from=(f"{RUNS}/s1_3/model", rf"audio/encoder/.*={RUNS}/s2_1a/model"),
         data=heard({"asr": 1.0}),
-        optim=OptimConfig(learning_rate=1e-3, **LATER),
-        num_steps=1000,
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=300,
     ),
     "2_2": dict(
         file="stage2_2_audio_sft",
         init_from=(f"{RUNS}/s2_1b/model",),
         data=heard(
             {"#qa": 0.4, "#names": 0.15, "asr": 0.35, "noise": 0.1},
-            max_tiles=12,
+            max_tiles=4,
             spoken_share=0.6,
         ),
-        optim=OptimConfig(learning_rate=5e-4, **LATER),
-        num_steps=6000,
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=2500,
     ),
     "3_1": dict(
         file="stage3_1_codec",
@@ -146,11 +148,11 @@ STAGES = {
             mixture={f"{DATA}/codec_tokens_train": 1.0},
             held_out=(f"{DATA}/codec_tokens_held_out",),
             batch_size=8,
-            max_tokens=512,
+            max_tokens=384,
             num_shards=8,
         ),
-        optim=OptimConfig(learning_rate=1e-3, **LATER),
-        num_steps=6000,
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
+        num_steps=2500,
     ),
 }
 

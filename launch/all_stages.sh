@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Every training stage in order, each from the model of the one before, then a question to the last.
 #   bash launch/all_stages.sh --tiny   vita_tiny on a few hundred real samples, on a laptop, in build/all_stages
+#   bash launch/all_stages.sh --nano   the model that comes with the package, in build/nano (launch/nano.sh)
 #   bash launch/all_stages.sh          the stages as their files say, on data/, from checkpoints/parts, in runs/
 # The same command goes on where it was stopped or killed. With --tiny, a loss that does not fall is an error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ "${1:-}" = --nano ] && exec bash launch/nano.sh "${@:2}"
 if [ $# -gt 1 ] || [ "${1:---tiny}" != --tiny ]; then
-    echo "usage: bash launch/all_stages.sh [--tiny]" >&2
+    echo "usage: bash launch/all_stages.sh [--tiny | --nano [BANK]]" >&2
     exit 2
 fi
 source launch/venv.sh "[data]"

@@ -58,12 +58,12 @@ STAGES = {
         data=DataConfig(
             mixture={f"{DATA}/text": 1.0},
             held_out=(f"{DATA}/held_out/text",),
-            batch_size=4,
-            max_tokens=512,
-            num_shards=4,
+            batch_size=14,
+            max_tokens=144,
+            num_shards=2,
         ),
-        optim=OptimConfig(learning_rate=2e-3, **LATER),
-        num_steps=300,
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
+        num_steps=500,
     ),
     "1_1": dict(
         file="stage1_1_vision_alignment",
@@ -75,9 +75,9 @@ STAGES = {
     "1_2": dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s1_1/model",),
-        data=seen({"#captions": 0.85, "#qa": 0.15}),
+        data=seen({"#captions": 1.0}),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=2500,
+        num_steps=3000,
     ),
     "1_3": dict(
         file="stage1_3_vision_sft",

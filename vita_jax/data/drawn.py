@@ -35,8 +35,7 @@ SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "captions" are pictures, some of them easier, with what they show and no question: the most
-    pictures for the tokens. "names" asks what a picture shows; "qa" asks all that
+    "captions" are easier pictures with what they show and no question: to begin with. "names" asks what a picture shows; "qa" asks all that
     `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves, and
     nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
     forms that are not trained on and recordings of other voices.
@@ -146,13 +145,10 @@ def _names(draw):
 
 
 def _captions(draw):
-    """One thing or a mosaic of four, some with nothing in the way, and names without a question."""
-    number, px = draw.choose([(1, PX), (4, PX // 2)])
+    """One thing, or at times a mosaic of four, with nothing in the way, and names unasked."""
+    number, px = draw.choose([(1, PX)] * 4 + [(4, PX // 2)])
     concepts = [draw.choose(draw.source.concepts) for _ in range(number)]
-    pictures = [
-        draw.choose([scenes.plain, scenes.single])(draw.rng, draw.drawing(concept.code), px)
-        for concept in concepts
-    ]
+    pictures = [scenes.plain(draw.rng, draw.drawing(concept.code), px) for concept in concepts]
     if number == 1:
         asked = functools.partial(talk.name, concepts[0].en, concepts[0].zh)
         return {"image": pictures[0]}, [lambda lang: ("", asked(lang))]

@@ -95,14 +95,21 @@ def test_a_folder_of_speech(speech):
     lines = [
         {"file": "01.wav", "text": "one"},
         {"file": "02.wav", "text": "two", "split": "held_out"},
+        {"file": "03.wav", "text": "three", "split": "other", "voice": "a"},
+        {"file": "01.wav", "text": "four", "split": "other", "voice": "b"},
+        {"file": "02.wav", "text": "five", "split": "other", "voice": "c"},
     ]
     (speech / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, text in ((str(speech), "one"), (f"{speech}#held_out", "two")):
         source = open_source(name)
         with source.open(0) as sample:
             assert len(source) == 1 and words(sample) == text
-    with pytest.raises(ValueError, match="no speech in it"):
-        open_source(f"{speech}#test")
+    assert len(open_source(f"{speech}#other")) == 3
+    some = open_source(f"{speech}#other:c,a")
+    assert [words(some.open(i).__enter__()) for i in range(len(some))] == ["three", "five"]
+    for missing in ("#test", "#other:d", "#held_out:a"):
+        with pytest.raises(ValueError, match="no speech in it"):
+            open_source(f"{speech}{missing}")
     (speech / "manifest.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(ValueError, match="expected an object with `file`"):
         open_source(str(speech))

@@ -35,10 +35,10 @@ SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "captions" are easier pictures with what they show and no question: to begin with. "names" asks what a picture shows; "qa" asks all that
-    `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves, and
-    nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
-    forms that are not trained on and recordings of other voices.
+    "captions" are easier pictures with what they show and no question: to begin with. "names" asks
+    what a picture shows; "qa" asks all that `talk.FORMS` lists, about one thing or several, shapes,
+    clips in which something moves, and nothing at all; the others (`KINDS` has them) are parts of
+    "qa". Held-out samples have the forms that are not trained on and recordings of other voices.
 
     Attributes:
       name: as given to `open_source`.

@@ -129,8 +129,9 @@ class SpeechSource:
     """A folder of speech: sound files with what they say, as a sample each.
 
     Either a `manifest.jsonl` in the folder, an object a line: `file` in the folder, `text` that it
-    says and, perhaps, its `split`; or any sound files, each with its words in a text file of the
-    same name (`a.wav`, `a.txt`), or without.
+    says and, perhaps, its `split` and `voice`; `FOLDER#SPLIT` takes one split ("train"),
+    `FOLDER#SPLIT:VOICE,VOICE` these voices of it. Or any sound files, each with its words in a text
+    file of the same name (`a.wav`, `a.txt`), or without.
 
     Attributes:
       name: as given to `open_source`.
@@ -141,13 +142,15 @@ class SpeechSource:
 
     def __init__(self, name: str):
         self.name = name
-        folder, _, split = name.partition("#")
+        folder, _, part = name.partition("#")
+        split, _, voices = part.partition(":")
         self._folder, self._clips = Path(folder).absolute(), []
         if (self._folder / CLIPS).is_file():
             for line in _Lines(self._folder / CLIPS):
                 if not isinstance(line.get("file"), str):
                     raise ValueError(f"{folder}/{CLIPS}: {line}; expected an object with `file`")
-                if line.get("split", "train") == (split or "train"):
+                heard = not voices or line.get("voice") in voices.split(",")
+                if heard and line.get("split", "train") == (split or "train"):
                     self._clips.append((line["file"], line.get("text", "")))
         else:
             files = _sounds(self._folder)

@@ -34,14 +34,14 @@ def seen(mixture):
     )
 
 
-def heard(mixture, batch_size=12, max_tokens=144, max_clips=3, **more):
+def heard(mixture, batch_size=12, **more):
     """Data of a stage that hears."""
     return DataConfig(
         mixture=sources(mixture),
         held_out=(f"{DATA}/held_out/asr",),
         batch_size=batch_size,
-        max_tokens=max_tokens,
-        max_clips=max_clips,
+        max_tokens=144,
+        max_clips=3,
         max_audio_frames=320,
         max_reject_share=0.1,  # what is longer
         num_shards=4,
@@ -89,11 +89,9 @@ STAGES = {
     "2_1a": dict(
         file="stage2_1a_speech_encoder",
         init_from=(),  # nothing that was trained before goes into it
-        data=heard(
-            {"asr": 1.0}, batch_size=4, max_tokens=384, max_clips=8, units=f"{DATA}/units.json"
-        ),
+        data=heard({"asr": 1.0}, batch_size=4, units=f"{DATA}/units.json"),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
-        num_steps=2400,
+        num_steps=5000,
     ),
     "2_1b": dict(
         file="stage2_1b_speech_adapter",

@@ -139,9 +139,26 @@ STAGES = {
         optim=OptimConfig(learning_rate=6e-4, b1=0.8, b2=0.99, clip_norm=1e5),
         num_steps=6000,
     ),
+    "3_1c": dict(  # on, half of it in the two voices that answer
+        file="stage3_1_codec",
+        discriminator_channels=0,
+        init_from=(f"{RUNS}/s3_1b/model",),
+        data=DataConfig(
+            mixture={
+                f"{DATA}/speech#train": 0.5,
+                f"{DATA}/speech#train:af_heart,zf_xiaoxiao": 0.5,
+            },
+            held_out=(f"{DATA}/speech#held_out",),
+            batch_size=5,
+            max_tokens=40,
+            num_shards=5,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, b1=0.8, b2=0.99, clip_norm=1e5),
+        num_steps=8000,
+    ),
     "3_2": dict(
         file="stage3_2_speech_decoder",
-        init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1b/model"),
+        init_from=(f"{RUNS}/s2_2/model", rf"codec/.*={RUNS}/s3_1c/model"),
         data=DataConfig(
             mixture={f"{DATA}/codec_tokens_train": 1.0},
             held_out=(f"{DATA}/codec_tokens_held_out",),

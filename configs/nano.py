@@ -22,11 +22,11 @@ def sources(shares):
     return {DATA + name if name[0] == "#" else f"{DATA}/{name}": x for name, x in shares.items()}
 
 
-def seen(mixture):
+def seen(mixture, every=1):
     """Data of a stage that sees. Many short rows: little attention is spent on what is masked."""
     return DataConfig(
         mixture=sources(mixture),
-        held_out=(f"{DATA}#names-held_out",),
+        held_out=(f"{DATA}#names-held_out:{every}",),
         batch_size=16,
         max_tokens=144,
         max_tiles=4,
@@ -47,6 +47,24 @@ def heard(mixture, batch_size=12, **more):
         num_shards=4,
         augment_audio=True,
         **more,
+    )
+
+
+def spoken(mixture, learning_rate, num_steps, max_tokens=40, rows=5, init_from=()):
+    """A leg of the codec's stage, without discriminators."""
+    return dict(
+        file="stage3_1_codec",
+        discriminator_channels=0,
+        init_from=init_from,
+        data=DataConfig(
+            mixture={f"{DATA}/speech{name}": share for name, share in mixture.items()},
+            held_out=(f"{DATA}/speech#held_out",),
+            batch_size=rows,
+            max_tokens=max_tokens,
+            num_shards=rows,
+        ),
+        optim=OptimConfig(learning_rate=learning_rate, b1=0.8, b2=0.99, clip_norm=1e5),
+        num_steps=num_steps,
     )
 
 
@@ -72,16 +90,23 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
-    "1_2": dict(
+    "1_2": dict(  # few things first: of all at once, 80,000 pictures taught nothing
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s1_1/model",),
-        data=seen({"#captions": 1.0}),
+        data=seen({"#captions:8": 1.0}, every=8),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=3000,
+        num_steps=525,
+    ),
+    "1_2b": dict(  # on, with all
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/s1_2/model",),
+        data=seen({"#captions": 0.4, "#mosaics": 0.2, "#names": 0.4}),
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
+        num_steps=1200,
     ),
     "1_3": dict(
         file="stage1_3_vision_sft",
-        init_from=(f"{RUNS}/s1_2/model",),
+        init_from=(f"{RUNS}/s1_2b/model",),
         data=seen({"#captions": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=2500,
@@ -111,50 +136,15 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=2500,
     ),
-    "3_1": dict(
-        file="stage3_1_codec",
-        discriminator_channels=0,
-        init_from=(),
-        data=DataConfig(
-            mixture={f"{DATA}/speech#train": 1.0},
-            held_out=(f"{DATA}/speech#held_out",),
-            batch_size=8,
-            max_tokens=20,
-            num_shards=8,
-        ),
-        optim=OptimConfig(learning_rate=1e-3, b1=0.8, b2=0.99, clip_norm=1e5),
+    "3_1": spoken({"#train": 1.0}, learning_rate=1e-3, num_steps=8000, max_tokens=20, rows=8),
+    "3_1b": spoken(  # on, in pieces of a second: less of each is an edge
+        {"#train": 1.0}, learning_rate=6e-4, num_steps=6000, init_from=(f"{RUNS}/s3_1/model",)
+    ),
+    "3_1c": spoken(  # on, half of it in the two voices that answer
+        {"#train": 0.5, "#train:af_heart,zf_xiaoxiao": 0.5},
+        learning_rate=5e-4,
         num_steps=8000,
-    ),
-    "3_1b": dict(  # on, in pieces of a second: less of each is an edge
-        file="stage3_1_codec",
-        discriminator_channels=0,
-        init_from=(f"{RUNS}/s3_1/model",),
-        data=DataConfig(
-            mixture={f"{DATA}/speech#train": 1.0},
-            held_out=(f"{DATA}/speech#held_out",),
-            batch_size=5,
-            max_tokens=40,
-            num_shards=5,
-        ),
-        optim=OptimConfig(learning_rate=6e-4, b1=0.8, b2=0.99, clip_norm=1e5),
-        num_steps=6000,
-    ),
-    "3_1c": dict(  # on, half of it in the two voices that answer
-        file="stage3_1_codec",
-        discriminator_channels=0,
         init_from=(f"{RUNS}/s3_1b/model",),
-        data=DataConfig(
-            mixture={
-                f"{DATA}/speech#train": 0.5,
-                f"{DATA}/speech#train:af_heart,zf_xiaoxiao": 0.5,
-            },
-            held_out=(f"{DATA}/speech#held_out",),
-            batch_size=5,
-            max_tokens=40,
-            num_shards=5,
-        ),
-        optim=OptimConfig(learning_rate=5e-4, b1=0.8, b2=0.99, clip_norm=1e5),
-        num_steps=8000,
     ),
     "3_2": dict(
         file="stage3_2_speech_decoder",

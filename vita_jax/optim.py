@@ -67,7 +67,7 @@ def make_optimizer(
 
     scale = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.momentum_dtype)
     if config.muon_rate:
-        weights = _weights(model)
+        weights = muon_weights(model)
         labels = {path: "muon" if path in weights else "adam" for path in paths}
         muon = _muon(weights, config.muon_rate / config.learning_rate, config.momentum_dtype)
         scale = optax.partition({"muon": muon, "adam": scale}, trees.unflatten(labels))
@@ -80,9 +80,9 @@ def make_optimizer(
     )
 
 
-def _weights(model):
-    """Axes of layers, and of inputs behind these, by path of what is multiplied with inside: heads
-    are tables of tokens, and the codec's kernels have lengths of their own.
+def muon_weights(model: VitaConfig) -> dict[str, tuple[int, int]]:
+    """Number of axes of layers, and of inputs behind these, by path of each parameter for Muon:
+    matrices inside. Heads are tables of tokens, and the codec's kernels have lengths of their own.
     """
     return {
         path: (box.names.count("layers"), box.num_inputs)

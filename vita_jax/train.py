@@ -52,7 +52,7 @@ from vita_jax.feed import (
 )
 from vita_jax.losses import state_targets
 from vita_jax.objectives import make_loss, means, settle
-from vita_jax.optim import make_optimizer, schedule
+from vita_jax.optim import make_optimizer, muon_weights, schedule
 from vita_jax.sharding import batch_sharding, make_mesh, rules
 from vita_jax.train_log import RunLog
 from vita_jax.train_state import State
@@ -338,12 +338,14 @@ def table(config: TrainConfig, trained, frozen) -> str:
       trained: tree of ShapeDtypeStruct with shardings.
       frozen: the same of what is frozen.
     """
-    moments = np.dtype(config.optim.momentum_dtype).itemsize + 4
+    momentum = np.dtype(config.optim.momentum_dtype).itemsize
+    weights = muon_weights(config.model) if config.optim.muon_rate else ()  # no second moment
     rows = {}
     for tree, trains in ((trained, True), (frozen, False)):
         for path, shape in trees.flatten(tree).items():
             part = "/".join(path.split("/")[: 1 if path.startswith("llm/") else 2])
             row = rows.setdefault(part, {"all": 0, "trains": 0, "bytes": 0})
+            moments = momentum + 4 * (path not in weights)
             size = shape.dtype.itemsize + (4 + moments) * trains
             row["all"] += math.prod(shape.shape)
             row["trains"] += math.prod(shape.shape) * trains

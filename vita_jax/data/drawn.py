@@ -29,16 +29,19 @@ KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
 }  # fmt: skip
+ONE_TURN = ("captions", "mosaics", "names")
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 
 
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "captions" are easier pictures with what they show and no question: to begin with. "names" asks
-    what a picture shows; "qa" asks all that `talk.FORMS` lists, about one thing or several, shapes,
-    clips in which something moves, and nothing at all; the others (`KINDS` has them) are parts of
-    "qa". Held-out samples have the forms that are not trained on and recordings of other voices.
+    "captions" are easier pictures with what they show and no question, "mosaics" four of them in
+    one: to begin with. "names" asks what a picture shows; "qa" asks all that `talk.FORMS` lists,
+    about one thing or several, shapes, clips in which something moves, and nothing at all; the
+    others (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not
+    trained on and recordings of other voices.
+    `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
       name: as given to `open_source`.
@@ -48,12 +51,14 @@ class DrawnSource:
     def __init__(self, name: str):
         self.name = name
         folder, _, kind = name.partition("#")
+        kind, _, every = kind.partition(":")
         self.kind, _, split = kind.partition("-")
-        if self.kind not in KINDS or split not in ("", "held_out"):
-            raise ValueError(f"{name}: expected FOLDER#KIND, KIND one of {', '.join(KINDS)}")
+        if self.kind not in KINDS or split not in ("", "held_out") or not f"{every}1".isdecimal():
+            form = "FOLDER#KIND or FOLDER#KIND:EVERY, EVERY a number"
+            raise ValueError(f"{name}: expected {form}, KIND one of {', '.join(KINDS)}")
         self._folder, self.split = Path(folder).absolute(), split or "train"
         held = json.loads((self._folder / CONCEPTS).read_text("utf-8"))
-        self.concepts = [Concept(**row["concept"]) for row in held]
+        self.concepts = [Concept(**row["concept"]) for row in held[:: int(every or 1)]]
         self.styles = {row["concept"]["code"]: row["styles"] for row in held}
         self.recordings = collections.defaultdict(list)
         for speech in (self._folder / "speech", self._folder / "other_speech"):
@@ -82,7 +87,7 @@ class DrawnSource:
         media, asks = KINDS[self.kind](draw)
         langs = draw.rng.permutation(talk.LANGS)
         turns, recordings = [], []
-        for number in range(1 if self.kind in ("names", "captions") else draw.rng.integers(1, 4)):
+        for number in range(1 if self.kind in ONE_TURN else draw.rng.integers(1, 4)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
             if not number:
@@ -145,15 +150,20 @@ def _names(draw):
 
 
 def _captions(draw):
-    """One thing, or at times a mosaic of four, with nothing in the way, and names unasked."""
-    number, px = draw.choose([(1, PX)] * 4 + [(4, PX // 2)])
-    concepts = [draw.choose(draw.source.concepts) for _ in range(number)]
-    pictures = [scenes.plain(draw.rng, draw.drawing(concept.code), px) for concept in concepts]
-    if number == 1:
-        asked = functools.partial(talk.name, concepts[0].en, concepts[0].zh)
-        return {"image": pictures[0]}, [lambda lang: ("", asked(lang))]
-    names = functools.partial(talk.several, [(concept.en, concept.zh) for concept in concepts])
-    return {"image": scenes.mosaic(pictures)}, [lambda lang: ("", names(lang))]
+    """One thing with nothing in the way, and its name unasked."""
+    concept = draw.choose(draw.source.concepts)
+    picture = scenes.plain(draw.rng, draw.drawing(concept.code), PX)
+    named = functools.partial(talk.name, concept.en, concept.zh)
+    return {"image": picture}, [lambda lang: ("", named(lang))]
+
+
+def _mosaics(draw):
+    """Four things, each as in a caption."""
+    concepts = [draw.choose(draw.source.concepts) for _ in range(4)]
+    drawings = [draw.drawing(concept.code) for concept in concepts]
+    picture = scenes.mosaic([scenes.plain(draw.rng, drawing, PX // 2) for drawing in drawings])
+    named = functools.partial(talk.several, [(concept.en, concept.zh) for concept in concepts])
+    return {"image": picture}, [lambda lang: ("", named(lang))]
 
 
 def _name(draw, concept):
@@ -317,5 +327,5 @@ def _qa(draw):
 KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
-    "talk": _talk,
+    "talk": _talk, "mosaics": _mosaics,
 }  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from vita_jax.config import DataConfig, OptimConfig, vita_nano
 
 DATA, RUNS = "build/nano/data", "build/nano/runs"
+LATER = dict(weight_decay=0.05, b2=0.98)
 PROMPTS = 4  # trained embeddings in front of every clip, from stage 2.1b on
 
 
@@ -31,6 +32,17 @@ def seen(mixture, every=1):
         max_tokens=144,
         max_tiles=4,
         num_shards=4,
+    )
+
+
+def captioned(every, before, muon_rate, num_steps):
+    """A leg of stage 1.2, which names every so many of the concepts."""
+    return dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/s{before}/model",),
+        data=seen({f"#captions:{every}": 1.0}, every),
+        optim=OptimConfig(learning_rate=muon_rate / 3, muon_rate=muon_rate, **LATER),
+        num_steps=num_steps,
     )
 
 
@@ -68,7 +80,6 @@ def spoken(mixture, learning_rate, num_steps, max_tokens=40, rows=5, init_from=(
     )
 
 
-LATER = dict(weight_decay=0.05, b2=0.98)
 NUM_UNITS = 1280  # at most, of the CTC head: Chinese characters, and English by the letter
 STAGES = {
     "0": dict(
@@ -90,23 +101,14 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
-    "1_2": dict(  # few things first: of all at once, 80,000 pictures taught nothing
-        file="stage1_2_vision_understanding",
-        init_from=(f"{RUNS}/s1_1/model",),
-        data=seen({"#captions:8": 1.0}, every=8),
-        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=525,
-    ),
-    "1_2b": dict(  # on, with all
-        file="stage1_2_vision_understanding",
-        init_from=(f"{RUNS}/s1_2/model",),
-        data=seen({"#captions": 0.4, "#mosaics": 0.2, "#names": 0.4}),
-        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=1200,
-    ),
+    # Few things first, then twice as many: of all at once, 80,000 pictures taught nothing.
+    "1_2": captioned(8, before="1_1", muon_rate=6e-3, num_steps=525),
+    "1_2b": captioned(4, before="1_2", muon_rate=4e-3, num_steps=250),
+    "1_2c": captioned(2, before="1_2b", muon_rate=4e-3, num_steps=300),
+    "1_2d": captioned(1, before="1_2c", muon_rate=4e-3, num_steps=600),
     "1_3": dict(
         file="stage1_3_vision_sft",
-        init_from=(f"{RUNS}/s1_2b/model",),
+        init_from=(f"{RUNS}/s1_2d/model",),
         data=seen({"#captions": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=2500,

@@ -12,7 +12,7 @@ data=build/nano/data runs=build/nano/runs
 
 [ -e $data/manifest.json ] || .venv/bin/vita data build $data ${1:+--bank "$1"}
 [ -e $data/units.json ] || .venv/bin/vita data units $data/asr $data/units.json --size 1280
-for stage in 0 1_1 1_2 1_2b 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_1c 3_2; do
+for stage in 0 1_1 1_2 1_2b 1_2c 1_2d 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_1c 3_2; do
     if [ $stage = 3_2 ]; then # the two voices that answer; texts that they were never heard to say
         .venv/bin/vita data codec-tokens $runs/s3_1c/model $data/speech#train:af_heart,zf_xiaoxiao $data/codec_tokens_train
         .venv/bin/vita data codec-tokens $runs/s3_1c/model $data/speech#unseen $data/codec_tokens_held_out

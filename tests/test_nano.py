@@ -118,7 +118,22 @@ def test_easy_vqa_in_sentences():
 
 def test_stages_of_the_small_model():
     file = nano.Path(__file__).parents[1] / "configs/nano.py"
-    stages = ["0", "1_1", "1_2", "1_2b", "1_3", "2_1a", "2_1b", "2_2", "3_1", "3_1b", "3_1c", "3_2"]
+    stages = [
+        "0",
+        "1_1",
+        "1_2",
+        "1_2b",
+        "1_2c",
+        "1_2d",
+        "1_3",
+        "2_1a",
+        "2_1b",
+        "2_2",
+        "3_1",
+        "3_1b",
+        "3_1c",
+        "3_2",
+    ]
     for before, stage in zip([None, *stages], stages):
         config = load_config(f"{file}:{stage}")
         assert config.model.name == "vita_nano" and config.dtype == "float32"

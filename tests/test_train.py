@@ -175,6 +175,13 @@ def test_torn_save_is_named_and_the_one_before_used(whole, tmp_path, caplog):
         np.testing.assert_array_equal(value, again[path])
 
 
+def test_saves_without_their_config(tmp_path):
+    (tmp_path / "saves/3").mkdir(parents=True)
+    config = load_config(ROOT / "configs/nano.py:1_1")
+    with pytest.raises(ValueError, match="no config.json to its saves; name another --workdir"):
+        loop.keep_config(config, tmp_path)
+
+
 def test_another_config_in_the_same_folder(whole):
     with pytest.raises(ValueError, match="config.json: seed was 42 and is 1 now"):
         train(stage("stage0_text", *SMALL, "seed=1"), whole)

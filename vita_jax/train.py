@@ -314,10 +314,13 @@ def keep_config(config: TrainConfig, workdir: Path) -> None:
     """Writes config.json; what the folder holds already must come from the same numbers.
 
     Raises:
-      ValueError: there are saves or a model of others; the first number is named.
+      ValueError: there are saves or a model of others, the first number is named; or of nobody
+        knows which.
     """
     file, tree = workdir / "config.json", configs.to_json(config)
     if (workdir / "model").exists() or any((workdir / "saves").glob("[0-9]*")):
+        if not file.exists():
+            raise ValueError(f"{workdir}: has no config.json to its saves; name another --workdir")
         old, new = trees.flatten(json.loads(file.read_text())), trees.flatten(tree)
         for key in {**new, **old}:
             if key not in _MAY_CHANGE and old.get(key) != new.get(key):

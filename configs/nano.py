@@ -109,7 +109,7 @@ STAGES = {
     "1_3": dict(
         file="stage1_3_vision_sft",
         init_from=(f"{RUNS}/s1_2d/model",),
-        data=seen({"#captions": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
+        data=seen({"#captions": 0.2, "#names": 0.4, "#qa": 0.3, "easy_vqa": 0.1}),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=2500,
     ),

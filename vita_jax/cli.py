@@ -411,14 +411,6 @@ def _chat(args):
             print(f"vita chat: {error}", file=sys.stderr)
 
 
-def _check_shipped(checkpoint):
-    if checkpoint == str(SHIPPED) and not SHIPPED.exists():
-        raise ValueError(
-            "no CKPT given, and no trained model comes with this version: make one with `vita init "
-            "vita_nano DST`, or convert the published weights with `vita convert`"
-        )
-
-
 def _turn(engine, turn, history, speak, out, options):
     """Answers one turn on the console and, if `out`, in a file; returns it for the history."""
     from vita_jax import Done, TextDelta

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vita_jax.data import talk
+from vita_jax.data import scenes, talk
 from vita_jax.data.drawn import KINDS, DrawnSource
 from vita_jax.data.sources import open_source
 
@@ -129,6 +129,26 @@ def test_held_out_asks_other_questions(folder):
     trained, held_out = asked("names"), asked("names-held_out")
     assert trained and held_out and not trained & held_out
     assert len(DrawnSource(f"{folder}#names-held_out")) < len(DrawnSource(f"{folder}#names"))
+
+
+def test_main_styles_are_seen_most_and_tested_on(folder, monkeypatch):
+    drawn = []
+
+    def drawing(source, code, style):
+        drawn.append(style)
+        return np.full((16, 16, 4), 255, np.uint8)
+
+    restyled = []
+    monkeypatch.setattr(DrawnSource, "drawing", drawing)
+    monkeypatch.setattr(scenes, "restyle", lambda rng, x, dark: restyled.append(x) or x)
+    for split, (least, most) in {"": (120, 180), "-held_out": (200, 200)}.items():
+        source = DrawnSource(f"{folder}#names{split}")
+        source.styles = {code: ["one", "noto"] for code in source.styles}
+        drawn.clear(), restyled.clear()
+        for index in range(200):
+            source.sample(index)
+        assert least <= drawn.count("noto") <= most and len(drawn) == 200
+        assert 20 <= len(restyled) <= 60 if not split else not restyled
 
 
 def test_another_kind_is_refused(folder):

@@ -89,6 +89,7 @@ STYLES = {  # to train on -> where they are drawn
         "CC-BY-4.0", "Streamline Emojis, Webalys",
     ),
 }  # fmt: skip
+MAIN = ("noto", "twemoji", "fluent_flat")  # seen most often, and tested on in new pictures
 HELD_OUT = {  # to test on, never to train on
     "openmoji": Package(
         "openmoji", "17.0.0",

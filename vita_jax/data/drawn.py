@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 from vita_jax.data import scenes, talk, voices
-from vita_jax.data.concepts import Concept
+from vita_jax.data.concepts import MAIN, Concept
 from vita_jax.data.sources import CONCEPTS
 
 LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first comes again
@@ -40,7 +40,7 @@ class DrawnSource:
     one: to begin with. "names" asks what a picture shows; "qa" asks all that `talk.FORMS` lists,
     about one thing or several, shapes, clips in which something moves, and nothing at all; the
     others (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not
-    trained on and recordings of other voices.
+    trained on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -116,6 +116,7 @@ class _Draw:
     def __init__(self, source: DrawnSource, rng: np.random.Generator):
         self.source, self.rng = source, rng
         self.held_out = source.split == "held_out"
+        self.restyled = not self.held_out  # only to learn from
 
     def choose(self, items):
         items = list(items)
@@ -125,7 +126,11 @@ class _Draw:
         return [list(talk.NOUNS)[i] for i in self.rng.permutation(len(talk.NOUNS))[:number]]
 
     def drawing(self, code):
-        return self.source.drawing(code, self.choose(self.source.styles[code]))
+        """In one of the main styles; where it may be restyled, in any style as often."""
+        styles = self.source.styles[code]
+        main = [style for style in styles if style in MAIN]
+        any_style = self.restyled and self.rng.random() < 0.5
+        return self.source.drawing(code, self.choose(styles if any_style else main or styles))
 
     def noun(self, noun):
         return self.drawing(talk.NOUNS[noun][0])
@@ -145,7 +150,7 @@ class _Draw:
 def _names(draw):
     """One thing, to be named."""
     concept = draw.choose(draw.source.concepts)
-    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX)
+    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX, restyled=draw.restyled)
     return {"image": picture}, [_name(draw, concept)]
 
 
@@ -173,7 +178,7 @@ def _name(draw, concept):
 def _one(draw):
     """One thing, and all that can be asked about it."""
     concept, other = draw.choose(draw.source.concepts), draw.choose(draw.source.concepts)
-    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX)
+    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX, restyled=draw.restyled)
     asks = [_name(draw, concept)] * 6
     asks += [draw.ask("kind", functools.partial(talk.kind, concept.kind))] * 2
     for task, subgroups in KINDS_OF.items():
@@ -195,7 +200,7 @@ def _count(draw):
     """One to six of a thing, to be counted."""
     noun, absent = draw.nouns(2)
     number = int(draw.rng.integers(1, 7))
-    picture = scenes.group(draw.rng, [draw.noun(noun)] * number, PX)
+    picture = scenes.group(draw.rng, [draw.noun(noun)] * number, PX, draw.restyled)
     answer = functools.partial(talk.count, number, noun)
     asks = [draw.ask("count", answer), draw.ask("count_noun", answer, noun=noun)] * 3
     asks += [draw.fixed("there", "seen", noun=noun), draw.fixed("there", "none", noun=absent)]
@@ -208,7 +213,9 @@ def _place(draw):
     sides = [str(side) for side in draw.rng.permutation(sides)]
     nouns = draw.nouns(len(sides) + 1)
     absent = nouns.pop()
-    picture = scenes.arrange(draw.rng, [draw.noun(noun) for noun in nouns], sides, PX)
+    picture = scenes.arrange(
+        draw.rng, [draw.noun(noun) for noun in nouns], sides, PX, draw.restyled
+    )
     asks = [draw.fixed("where", "unknown", noun=absent), draw.fixed("there", "none", noun=absent)]
     for noun, side in zip(nouns, sides):
         place = functools.partial(talk.place, noun, side)
@@ -281,7 +288,7 @@ def _shape(draw):
 def _move(draw):
     """A clip in which a thing moves."""
     noun, way = draw.nouns(1)[0], draw.choose(talk.MOVES)
-    frames = scenes.move(draw.rng, draw.noun(noun), way, FRAMES, PX)
+    frames = scenes.move(draw.rng, draw.noun(noun), way, FRAMES, PX, draw.restyled)
     answer = functools.partial(talk.move, noun, way)
     asks = [draw.ask("move", answer), draw.ask("move_noun", answer, noun=noun)] * 3
     asks += [draw.ask("up_down", answer)] * (way in ("up", "down"))

@@ -29,27 +29,32 @@ SHAPE_COLOURS = {  # easy-vqa's
 }  # fmt: skip
 SHAPES = ("circle", "rectangle", "triangle")
 MOST = 6  # things in a picture
-RESTYLED = 0.5  # of all drawings, where colours do not matter
+RESTYLED = 0.2  # of all drawings, where they may be
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def single(
-    rng: np.random.Generator, drawing: np.ndarray, px: int = 112, flip: bool = True
+    rng: np.random.Generator,
+    drawing: np.ndarray,
+    px: int = 112,
+    flip: bool = True,
+    restyled: bool = True,
 ) -> Image.Image:
-    """One drawing, large, perhaps cut by up to a fifth at an edge, in changed colours and style.
+    """One drawing, large, perhaps cut by up to a fifth at an edge, in changed colours.
 
     Args:
       rng: decides everything.
       drawing: uint8[N, N, 4], best about as large as the picture.
       px: edge of the picture.
       flip: whether left and right may change sides, which a text or a left arrow would not bear.
+      restyled: whether colours may change much, and the style (`restyle`).
 
     Returns:
       RGB picture of px by px.
     """
     ground = _ground_for(rng, [drawing], px)
-    thing = _vary(rng, drawing, ground, flip)
+    thing = _vary(rng, drawing, ground, flip, restyled)
     box = rng.uniform(0.45, 1.0)
     beyond = rng.uniform(0, 0.2) * box if rng.random() < 0.3 else 0.0
     angle = rng.uniform(-180, 180) if rng.random() < 0.1 else rng.uniform(-20, 20)
@@ -96,7 +101,7 @@ def arrange(
       drawings: uint8[N, N, 4] each.
       places: of `PLACES`, one for each drawing, all different.
       px: edge of the picture.
-      restyled: whether colours may change; not where they are asked for.
+      restyled: as in `single`; not where colours are asked for.
 
     Raises:
       ValueError: a place is unknown or taken twice, or their number is not that of the drawings.
@@ -124,7 +129,7 @@ def group(
       rng: decides everything.
       drawings: uint8[N, N, 4] each, one for every thing to be seen; equal ones are drawn equal.
       px: edge of the picture.
-      restyled: whether colours may change; not where they are asked for.
+      restyled: as in `single`; not where colours are asked for.
 
     Raises:
       ValueError: there is none, or there are more than six.
@@ -164,7 +169,7 @@ def move(
       direction: of `DIRECTIONS`.
       frames: how many, two or more.
       px: edge of the pictures.
-      restyled: whether colours may change; not where they are asked for.
+      restyled: as in `single`; not where colours are asked for.
 
     Raises:
       ValueError: the direction is unknown, or there are fewer than two frames.

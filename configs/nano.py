@@ -23,11 +23,11 @@ def sources(shares):
     return {DATA + name if name[0] == "#" else f"{DATA}/{name}": x for name, x in shares.items()}
 
 
-def seen(mixture, every=1):
+def seen(mixture, held_out="names-held_out"):
     """Data of a stage that sees. Many short rows: little attention is spent on what is masked."""
     return DataConfig(
         mixture=sources(mixture),
-        held_out=(f"{DATA}#names-held_out:{every}",),
+        held_out=(f"{DATA}#{held_out}",),
         batch_size=16,
         max_tokens=144,
         max_tiles=4,
@@ -35,12 +35,12 @@ def seen(mixture, every=1):
     )
 
 
-def captioned(every, before, muon_rate, num_steps):
+def captioned(kind, every, before, muon_rate, num_steps):
     """A leg of stage 1.2, which names every so many of the concepts."""
     return dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/s{before}/model",),
-        data=seen({f"#captions:{every}": 1.0}, every),
+        data=seen({f"#{kind}:{every}": 1.0}, f"{kind}-held_out:{every}"),
         optim=OptimConfig(learning_rate=muon_rate / 3, muon_rate=muon_rate, **LATER),
         num_steps=num_steps,
     )
@@ -101,17 +101,18 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
-    # Few things first, then twice as many: of all at once, 80,000 pictures taught nothing.
-    "1_2": captioned(8, before="1_1", muon_rate=6e-3, num_steps=525),
-    "1_2b": captioned(4, before="1_2", muon_rate=4e-3, num_steps=250),
-    "1_2c": captioned(2, before="1_2b", muon_rate=4e-3, num_steps=300),
-    "1_2d": captioned(1, before="1_2c", muon_rate=4e-3, num_steps=600),
+    # Few things first, then twice as many, then as they may be met: of all at once, 80,000
+    # pictures taught nothing.
+    "1_2": captioned("captions", 4, before="1_1", muon_rate=6e-3, num_steps=300),
+    "1_2b": captioned("captions", 2, before="1_2", muon_rate=4e-3, num_steps=300),
+    "1_2c": captioned("captions", 1, before="1_2b", muon_rate=4e-3, num_steps=400),
+    "1_2d": captioned("views", 1, before="1_2c", muon_rate=3e-3, num_steps=2000),
     "1_3": dict(
         file="stage1_3_vision_sft",
         init_from=(f"{RUNS}/s1_2d/model",),
-        data=seen({"#captions": 0.2, "#names": 0.4, "#qa": 0.3, "easy_vqa": 0.1}),
-        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=2500,
+        data=seen({"#views": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=2000,
     ),
     "2_1a": dict(
         file="stage2_1a_speech_encoder",

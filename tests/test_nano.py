@@ -142,3 +142,16 @@ def test_stages_of_the_small_model():
         assert bool(config.model.audio.num_units) == (stage == "2_1a")
     with pytest.raises(KeyError):
         load_config(f"{file}:9")
+
+
+@pytest.mark.parametrize("code, en, num_styles, name", [
+    ("1F434", "horse face", 9, None),
+    ("1F98E", "lizard", 8, "lizard"),
+    ("1F98E", "lizard", 7, None),
+    ("1F34E", "red apple", 9, "apple"),  # asked about, by this name
+    ("1FA91", "chair", 4, "chair"),
+    ("1F33B", "sunflower", 9, "sunflower"),  # called a flower, too
+])  # fmt: skip
+def test_familiar(code, en, num_styles, name):
+    found = nano.familiar(Concept(code, en, "它", 3, "animal", (), ()), num_styles)
+    assert (found and found.en) == name and (not found or (found.zh == "它") == (found.en == en))

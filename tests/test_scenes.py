@@ -134,13 +134,6 @@ def test_a_single_drawing_is_large_and_mostly_inside(clean):
         assert seen > 0.6 * 0.45**2 * 0.7
 
 
-def test_a_mosaic_is_read_row_by_row():
-    colours = [(10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
-    whole = np.asarray(scenes.mosaic([Image.new("RGB", (8, 8), colour) for colour in colours]))
-    assert whole.shape == (16, 16, 3)
-    assert [whole[y, x, 0] for y in (4, 12) for x in (4, 12)] == [10, 20, 30, 40]
-
-
 def test_flip_only_where_allowed(clean, monkeypatch):
     monkeypatch.setattr(scenes, "RESTYLED", 0)
     drawing = disc()

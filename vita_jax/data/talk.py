@@ -121,13 +121,6 @@ def name(en: str, zh: str, lang: str) -> str:
     return f"This is {article} {en}.".replace("  ", " ")
 
 
-def several(labels: list[tuple[str, str]], lang: str) -> str:
-    """'cat, apple, red car, tree.', of labels in both languages."""
-    if lang == "zh":
-        return "，".join(zh for _, zh in labels) + "。"
-    return ", ".join(en for en, _ in labels) + "."
-
-
 def count(number: int, noun: str, lang: str) -> str:
     """'There are two cats.'"""
     word, zh = list(COUNTS.items())[number - 1]

@@ -8,10 +8,24 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from runs import ROOT, SMALL, STAGES, assert_same, run, start, wait_for
 
 MORE = ("num_steps=30", "save_every=4")
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(tmp_path, monkeypatch):
+    """What a run compiles, this process and others find again: a run is the same three times."""
+    folder = str(tmp_path / "compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 def kill(workdir, step, *overrides, **more):

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from vita_jax import codebooks
+from vita_jax import codebooks, train_state
 
 
 def test_perplexity():
@@ -51,6 +52,17 @@ def test_a_drawn_codebook_starts_from_data():
     assert len({tuple(row) for row in np.asarray(new[1:]).tolist()}) > 8
     np.testing.assert_array_equal(use[1:], 1)
     assert counts[0] == 50 and counts[1:].sum() == 0
+
+
+def test_use_has_the_type_that_a_step_gives_it():
+    """A weak type would be another program: the first step would compile twice."""
+    params = {"codec": {"codebooks": {"local": jnp.zeros((2, 8, 3))}}}
+    begun = train_state.start(params, optax.sgd(1.0)).use["local"]
+    _, use, _ = jax.vmap(codebooks.reseed, in_axes=(0, 0, 0, 0, None))(
+        params["codec"]["codebooks"]["local"], begun, jnp.zeros((2, 5), int),
+        jnp.zeros((2, 5, 3)), jax.random.key(0),
+    )  # fmt: skip
+    assert jax.typeof(begun) == jax.typeof(use)
 
 
 def test_a_collapsed_codebook_recovers():

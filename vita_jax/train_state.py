@@ -242,7 +242,9 @@ def start(params, optimizer, codebooks_use: float = 1.0) -> State:
     """The state before the first step; codewords that were drawn are of no use (0) yet."""
     zero = jnp.zeros((), jnp.int32)
     held = params.get("codec", {}).get("codebooks", {})
-    use = {name: jnp.full(words.shape[:-1], codebooks_use) for name, words in held.items()}
+    use = {
+        name: jnp.full(words.shape[:-1], codebooks_use, jnp.float32) for name, words in held.items()
+    }
     return State(zero, params, optimizer.init(params), zero, zero, use)
 
 

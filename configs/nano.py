@@ -101,8 +101,8 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, **LATER),
         num_steps=60,
     ),
-    # Few things first, then twice as many, then as they may be met: of all at once, 80,000
-    # pictures taught nothing.
+    # Few things first, then twice as many, then as they may be met: of 837 at once,
+    # 80,000 pictures taught nothing.
     "1_2": captioned("captions", 4, before="1_1", muon_rate=6e-3, num_steps=300),
     "1_2b": captioned("captions", 2, before="1_2", muon_rate=4e-3, num_steps=300),
     "1_2c": captioned("captions", 1, before="1_2b", muon_rate=4e-3, num_steps=400),

@@ -106,27 +106,27 @@ STAGES = {
     "1_2": captioned("captions", 4, before="1_1", muon_rate=6e-3, num_steps=300),
     "1_2b": captioned("captions", 2, before="1_2", muon_rate=4e-3, num_steps=300),
     "1_2c": captioned("captions", 1, before="1_2b", muon_rate=4e-3, num_steps=400),
-    "1_2d": captioned("views", 1, before="1_2c", muon_rate=3e-3, num_steps=2000),
+    "1_2d": captioned("views", 1, before="1_2c", muon_rate=3e-3, num_steps=900),
     "1_3": dict(
         file="stage1_3_vision_sft",
         init_from=(f"{RUNS}/s1_2d/model",),
         data=seen({"#views": 0.2, "#names": 0.3, "#qa": 0.4, "easy_vqa": 0.1}),
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=2000,
+        num_steps=1400,
     ),
     "2_1a": dict(
         file="stage2_1a_speech_encoder",
         init_from=(),  # nothing that was trained before goes into it
         data=heard({"asr": 1.0}, batch_size=4, units=f"{DATA}/units.json"),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
-        num_steps=20_000,
+        num_steps=13_000,
     ),
     "2_1b": dict(
         file="stage2_1b_speech_adapter",
         init_from=(f"{RUNS}/s1_3/model", rf"audio/encoder/.*={RUNS}/s2_1a/model"),
         data=heard({"asr": 1.0}),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=300,
+        num_steps=200,
     ),
     "2_2": dict(
         file="stage2_2_audio_sft",
@@ -137,16 +137,16 @@ STAGES = {
             spoken_share=0.6,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=2500,
+        num_steps=1200,
     ),
     "3_1": spoken({"#train": 1.0}, learning_rate=1e-3, num_steps=8000, max_tokens=20, rows=8),
     "3_1b": spoken(  # on, in pieces of a second: less of each is an edge
-        {"#train": 1.0}, learning_rate=6e-4, num_steps=6000, init_from=(f"{RUNS}/s3_1/model",)
+        {"#train": 1.0}, learning_rate=6e-4, num_steps=3000, init_from=(f"{RUNS}/s3_1/model",)
     ),
     "3_1c": spoken(  # on, half of it in the two voices that answer
         {"#train": 0.5, "#train:af_heart,zf_xiaoxiao": 0.5},
         learning_rate=5e-4,
-        num_steps=8000,
+        num_steps=4500,
         init_from=(f"{RUNS}/s3_1b/model",),
     ),
     "3_2": dict(
@@ -160,7 +160,7 @@ STAGES = {
             num_shards=8,
         ),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=2500,
+        num_steps=1500,
     ),
 }
 

@@ -119,7 +119,7 @@ STAGES = {
         init_from=(),  # nothing that was trained before goes into it
         data=heard({"asr": 1.0}, batch_size=4, units=f"{DATA}/units.json"),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
-        num_steps=13_000,
+        num_steps=7000,
     ),
     "2_1b": dict(
         file="stage2_1b_speech_adapter",

@@ -137,16 +137,16 @@ STAGES = {
             spoken_share=0.6,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=1200,
+        num_steps=900,
     ),
     "3_1": spoken({"#train": 1.0}, learning_rate=1e-3, num_steps=8000, max_tokens=20, rows=8),
     "3_1b": spoken(  # on, in pieces of a second: less of each is an edge
-        {"#train": 1.0}, learning_rate=6e-4, num_steps=3000, init_from=(f"{RUNS}/s3_1/model",)
+        {"#train": 1.0}, learning_rate=6e-4, num_steps=2000, init_from=(f"{RUNS}/s3_1/model",)
     ),
     "3_1c": spoken(  # on, half of it in the two voices that answer
         {"#train": 0.5, "#train:af_heart,zf_xiaoxiao": 0.5},
         learning_rate=5e-4,
-        num_steps=4500,
+        num_steps=3500,
         init_from=(f"{RUNS}/s3_1b/model",),
     ),
     "3_2": dict(
@@ -160,7 +160,7 @@ STAGES = {
             num_shards=8,
         ),
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
-        num_steps=1500,
+        num_steps=1200,
     ),
 }
 

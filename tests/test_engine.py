@@ -10,7 +10,9 @@ import pytest
 from vita_jax import sharding
 from vita_jax.config import vita_tiny
 from vita_jax.data.collate import collate
+from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.tokenizer import load_bundled
+from vita_jax.infer import engine as engines
 from vita_jax.infer import voice
 from vita_jax.infer.engine import AudioChunk, Done, Engine, TextDelta
 from vita_jax.infer.sampling import Sampler
@@ -21,8 +23,10 @@ PICTURE = PIL.Image.fromarray(np.arange(60 * 40 * 3, dtype=np.uint8).reshape(40,
 SOUND = (0.1 * np.sin(np.arange(9000) / 7).astype(np.float32), 16000)
 
 
-def make_engine(mesh=None):
+def make_engine(mesh=None, chunk_size=-1, **options):
     config = vita_tiny()
+    audio = dataclasses.replace(config.audio, chunk_size=chunk_size)
+    config = dataclasses.replace(config, audio=audio)
     params = init_params(config, 0)
     params["codec"] = fold_weight_norm(params["codec"])
     config = dataclasses.replace(config, codec=dataclasses.replace(config.codec, weight_norm=False))
@@ -30,7 +34,7 @@ def make_engine(mesh=None):
         params = jax.device_put(params, sharding.param_shardings(boxed_shapes(config), mesh))
     else:
         params = jax.device_put(params)
-    return Engine(config, params, load_bundled("vita_tiny"), mesh)
+    return Engine(config, params, load_bundled("vita_tiny"), mesh, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,36 @@ def engine():
 @pytest.fixture(autouse=True)
 def short_speech(monkeypatch):
     monkeypatch.setattr(voice, "MAX_CODES", 60)
+
+
+def ask(engine, text=None, images=(), audio=None, **options):
+    """A session whose turn is whole, not yet answered."""
+    options = {"speak": False, "max_new_tokens": 8} | options
+    session = engine.session(**options)
+    engine._push(session, Turn(text, images, audio))
+    return session
+
+
+def tokens_of(engine, *sessions):
+    """The tokens that are written to each, the stop token included."""
+    replies = [session.reply for session in sessions]
+    while any(session.reply for session in sessions):
+        assert engine.step()
+    assert all(isinstance(session.events[-1], Done) for session in sessions)
+    return [reply.tokens for reply in replies]
+
+
+@pytest.fixture
+def num_read(monkeypatch):
+    """Counts the embeddings that are read into rows, by call."""
+    counts, read = [], engines.read
+
+    def counted(*args):
+        counts.append(args[-1])
+        return read(*args)
+
+    monkeypatch.setattr(engines, "read", counted)
+    return counts
 
 
 def test_everything_at_once(engine):
@@ -60,7 +94,7 @@ def test_everything_at_once(engine):
 
 def test_greedy_tokens_are_the_arg_max_of_the_whole_pass(engine):
     example = engine.processor.prompt("Hello", [PICTURE], SOUND)
-    tokens = list(engine._tokens(example, 6, Sampler(), 0, lambda name: None))
+    (tokens,) = tokens_of(engine, ask(engine, "Hello", [PICTURE], SOUND, max_new_tokens=6))
     batch = collate([example])
     length = len(example.tokens)
     ids = np.zeros((1, batch.tokens.shape[1] + 16), np.int32)
@@ -78,8 +112,8 @@ def test_greedy_tokens_are_the_arg_max_of_the_whole_pass(engine):
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
 def test_meshes_say_the_same(engine, shape):
-    ask = {"text": "Hello", "images": [PICTURE], "audio": SOUND, "max_new_tokens": 8}
-    alone, together = engine.chat(**ask), make_engine(sharding.make_mesh(shape)).chat(**ask)
+    asked = {"text": "Hello", "images": [PICTURE], "audio": SOUND, "max_new_tokens": 8}
+    alone, together = engine.chat(**asked), make_engine(sharding.make_mesh(shape)).chat(**asked)
     assert together.text == alone.text
     np.testing.assert_allclose(together.audio, alone.audio, atol=1e-4)
 
@@ -93,29 +127,158 @@ def count_compilations(action):
 
 
 def test_another_length_in_the_bucket_compiles_nothing(engine):
-    ask = {"images": [PICTURE], "max_new_tokens": 5, "speak": False}
+    asked = {"images": [PICTURE], "max_new_tokens": 5, "speak": False}
     shorter = (SOUND[0][:8500], 16000)
     drawn = Sampler(0.7, 5, 0.9, 1.1)
-    engine.chat("What is it?", audio=SOUND, **ask)
-    assert not count_compilations(lambda: engine.chat("What is this here?", audio=shorter, **ask))
+    engine.chat("What is it?", audio=SOUND, **asked)
+    assert not count_compilations(lambda: engine.chat("What is this here?", audio=shorter, **asked))
     assert not count_compilations(
-        lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **ask)
+        lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **asked)
     )
-    assert count_compilations(lambda: engine.chat("What? " * 200, **ask))  # the listener does hear
+    assert count_compilations(
+        lambda: engine.chat("What? " * 200, **asked)
+    )  # the listener does hear
 
 
-def test_another_segment_in_the_bucket_compiles_nothing(engine):
-    def say(text):
-        speaker = voice.Voice(
-            engine.config, engine.params, engine.tokenizer, voice.SPEECH_SAMPLER, 0
-        )
-        speaker.say(text)
-        while speaker.busy:
-            speaker.advance()
+def test_rows_join_and_leave(engine):
+    """More questions than rows, of different lengths, asked one after the other while others are
+    being answered: each gets what it gets alone.
+    """
+    several = make_engine(num_rows=2)
+    asked = [
+        dict(text="Hello", max_new_tokens=3),
+        dict(text="What is it?", images=[PICTURE], max_new_tokens=11),
+        dict(audio=SOUND, sampler=Sampler(temperature=1.0), seed=3, max_new_tokens=6),
+        dict(text="Why? " * 30, max_new_tokens=7),
+        dict(text="And?", sampler=Sampler(temperature=1.0, penalty=2.0), seed=3),
+    ]
+    alone = [tokens_of(engine, ask(engine, **one))[0] for one in asked]
+    sessions = [ask(several, **one) for one in asked[:3]]
+    replies = [session.reply for session in sessions]
+    for one in asked[3:]:
+        for _ in range(3):
+            several.step()
+        sessions.append(ask(several, **one))
+        replies.append(sessions[-1].reply)
+    while any(session.reply for session in sessions):
+        assert several.step()
+    assert [reply.tokens for reply in replies] == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+    while several._results:  # dispatched ahead of what was known to be needed
+        several.step()
+    assert not several.step()
 
-    say("one two three")
-    assert not count_compilations(lambda: say("four five six!"))
-    assert count_compilations(lambda: say("seven " * 30))
+
+def test_voices_do_not_mix(engine):
+    several = make_engine(num_rows=3)
+    asked = dict(speak=True, sampler=Sampler(temperature=2.0), max_new_tokens=12)
+    alone = [engine.chat("Hi", seed=seed, **asked) for seed in range(3)]
+    sessions = [ask(several, "Hi", seed=seed, **asked) for seed in range(3)]
+    tokens_of(several, *sessions)
+    for session, one in zip(sessions, alone):
+        reply = session.events.pop().reply
+        assert reply.text == one.text
+        np.testing.assert_allclose(reply.audio, one.audio, atol=1e-4)
+    assert sum(len(one.audio) > 0 for one in alone) > 1
+
+
+def test_cancelling_frees_the_row_at_once(engine):
+    first = ask(engine, "Hello", max_new_tokens=200, sampler=Sampler(temperature=1.0))
+    second = ask(engine, "What?")
+    while not any(isinstance(event, TextDelta) for event in first.events):
+        engine.step()
+    assert first.row == 0 and second.row is None  # there is one row only
+    first.cancel()
+    engine.step()
+    assert first.row is None and second.row == 0
+    reply = first.events[-1].reply
+    assert reply.cancelled and reply.text
+    (tokens,) = tokens_of(engine, second)
+    assert tokens == tokens_of(engine, ask(engine, "What?"))[0]
+    first.push_text("Go on.")  # what was said before is part of the conversation
+    first.end_of_speech()
+    tokens_of(engine, first)
+    assert first.events[-1].reply.seen.num_text_tokens > len(engine.tokenizer.encode(reply.text))
+
+
+def test_what_comes_before_the_sound_is_read_while_it_arrives(engine, num_read):
+    at_once = engine.chat("Look.", [PICTURE], SOUND, speak=False, max_new_tokens=8)
+    num_read.clear()
+    session = engine.session(speak=False, max_new_tokens=8)
+    engine.write([Turn("Something else, so that the row holds nothing of use")], 2)
+    num_read.clear()
+    session.push_text("Look.")
+    session.push_image(PICTURE)
+    for start in range(0, 9000, 3000):
+        session.push_audio(SOUND[0][start : start + 3000])
+        while engine.step():
+            pass
+    before = sum(num_read)
+    session.end_of_speech()
+    tokens_of(engine, session)
+    reply = session.events[-1].reply
+    assert (reply.text, reply.seen) == (at_once.text, at_once.seen)
+    after = sum(num_read) - before
+    assert after < reply.seen.num_audio_embeddings + 20 < before
+
+
+def test_sound_is_heard_in_pieces_by_a_model_that_was_trained_so():
+    engine = make_engine(chunk_size=4)
+    whole, state = engines.Media(None, 0), None
+    session = engine.session(speak=False)
+    for start in range(0, 9000, 700):
+        session.push_audio(SOUND[0][start : start + 700])
+        while engine.step():
+            pass
+        state = session.clip
+    assert 0 < state.size < engine.config.audio.num_embeddings(54)
+    session.end_of_speech()
+    (tokens,) = tokens_of(engine, session)
+    whole = engines.Media(engine.processor.clip(SOUND, None), 0)
+    expected = np.asarray(engine._embeddings(whole))[: state.size]
+    assert state.size == engine.config.audio.num_embeddings(len(whole.source))
+    np.testing.assert_allclose(np.asarray(state.rows)[: state.size], expected, atol=1e-5)
+
+
+def test_a_new_turn_reads_only_what_is_new(engine, num_read):
+    session = engine.session(speak=False, max_new_tokens=4)
+    for text in ("My name is Ann.", "What is my name?"):
+        num_read.clear()
+        session.push_text(text)
+        if len(text) == 15:
+            session.push_image(PICTURE)
+        session.end_of_speech()
+        tokens_of(engine, session)
+    second = session.events[-1].reply
+    said = len(engine.tokenizer.encode(second.turn.text))
+    assert said < sum(num_read) < said + 60 < len(session.prompt().tokens)
+    first = session.events[[type(e) for e in session.events].index(Done)].reply
+    fresh = make_engine().chat(
+        "What is my name?", history=[first.turn], speak=False, max_new_tokens=4
+    )
+    assert (second.text, second.seen) == (fresh.text, fresh.seen)
+
+
+def test_the_oldest_turns_are_forgotten_whole():
+    engine = make_engine(max_tokens=900, max_new_tokens=4)
+    session, turns = engine.session(speak=False), []
+    lengths = Processor(engine.config, engine.tokenizer)
+    for i in range(8):
+        session.push_text(f"{i}: " + "so it is " * 8)
+        session.end_of_speech()
+        tokens_of(engine, session)
+        reply = session.events[-1].reply
+        turns.append(reply.turn)
+        kept = [lengths.prompt(turns[i].text, history=turns[n:i]) for n in range(i + 1)]
+        assert reply.seen.num_text_tokens in [len(one.tokens) for one in kept]
+        if reply.seen.num_text_tokens != len(kept[0].tokens):
+            break
+    left = [len(one.tokens) for one in kept].index(reply.seen.num_text_tokens)
+    assert 0 < left <= i
+    last = turns[-1]
+    fresh = make_engine(max_tokens=900, max_new_tokens=4)
+    again = fresh.chat(last.text, history=turns[left:-1], speak=False)
+    assert again.text == reply.text
 
 
 def test_history_is_part_of_the_prompt(engine):
@@ -130,47 +293,64 @@ def test_history_is_part_of_the_prompt(engine):
 
 
 def test_seed_decides_what_is_drawn(engine):
-    ask = {"max_new_tokens": 12, "speak": False, "sampler": Sampler(temperature=1.0)}
-    assert engine.chat("Hi", seed=1, **ask).text == engine.chat("Hi", seed=1, **ask).text
-    assert engine.chat("Hi", seed=1, **ask).text != engine.chat("Hi", seed=2, **ask).text
+    asked = {"max_new_tokens": 12, "speak": False, "sampler": Sampler(temperature=1.0)}
+    assert engine.chat("Hi", seed=1, **asked).text == engine.chat("Hi", seed=1, **asked).text
+    assert engine.chat("Hi", seed=1, **asked).text != engine.chat("Hi", seed=2, **asked).text
 
 
 def test_repetition_penalty_repeats_less(engine):
-    plain = list(
-        engine._tokens(engine.processor.prompt("Hello"), 40, Sampler(), 0, lambda name: None)
-    )
-    fewer = list(
-        engine._tokens(
-            engine.processor.prompt("Hello"), 40, Sampler(penalty=5.0), 0, lambda name: None
-        )
-    )
-    assert len(set(fewer)) > len(set(plain))
+    (plain,) = tokens_of(engine, ask(engine, "Hello", max_new_tokens=40))
+    fewer = ask(engine, "Hello", max_new_tokens=40, sampler=Sampler(penalty=5.0))
+    assert len(set(tokens_of(engine, fewer)[0])) > len(set(plain))
 
 
 def test_stop_tokens_end_the_reply(engine, monkeypatch):
-    example = engine.processor.prompt("Hello")
-    tokens = list(engine._tokens(example, 8, Sampler(), 0, lambda name: None))
+    (tokens,) = tokens_of(engine, ask(engine, "Hello"))
     stop = next(t for t in tokens[1:] if t != tokens[0])
-    monkeypatch.setattr(engine, "_stop_ids", frozenset([stop]))
-    assert (
-        list(engine._tokens(example, 8, Sampler(), 0, lambda name: None))
-        == tokens[: tokens.index(stop)]
-    )
+    monkeypatch.setattr(engine, "stop_ids", frozenset([stop]))
+    monkeypatch.setattr(engine, "_stops", np.array([stop] * len(engine._stops), np.int32))
+    assert tokens_of(engine, ask(engine, "Hello"))[0] == tokens[: tokens.index(stop) + 1]
 
 
-def test_state_token_is_told_apart_from_the_text(engine, monkeypatch):
+def test_state_token_is_told_apart_from_the_text(engine):
+    session = ask(engine, "Hello")
     ids = [engine.tokenizer.state_ids["noise"], *engine.tokenizer.encode("ok.")]
-    monkeypatch.setattr(engine, "_tokens", lambda *_: iter(ids))
-    reply = engine.chat("Hello", speak=False)
+    for i, token in enumerate(ids):
+        session.reply.push_token(token, i + 1 == len(ids))
+    reply = session.reply.finished()
     assert (reply.state, reply.text, reply.turn.reply) == ("noise", "ok.", "☟ok.")
+    session.cancel()
+    engine.step()
 
 
-def test_first_segment_is_spoken_before_the_text_ends(engine, monkeypatch):
-    ids = engine.tokenizer.encode("Hello there. " + "and so on " * 30)
-    monkeypatch.setattr(engine, "_tokens", lambda *_: iter(ids))
-    monkeypatch.setattr(voice, "MAX_CODES", 20)
-    kinds = [type(event) for event in engine.stream("Hello")]
+def test_first_segment_is_spoken_before_the_text_ends(engine):
+    session = ask(engine, "Hello", speak=True, max_new_tokens=400)
+    while not session.reply.begun:
+        engine.step()
+    for token in engine.tokenizer.encode("Hello there. "):
+        session.reply.push_token(token, False)
+    while session.reply:
+        engine.step()
+    kinds = [type(event) for event in session.events]
     assert kinds.index(AudioChunk) < len(kinds) - 1 - kinds[::-1].index(TextDelta)
+
+
+def test_a_turn_that_cannot_be_answered(engine):
+    session = engine.session(speak=False)
+    with pytest.raises(ValueError, match="nothing in it"):
+        session.end_of_speech()
+    with pytest.raises(ValueError, match="finite"):
+        session.push_audio(np.full(400, np.nan))
+    with pytest.raises(ValueError, match="s of sound in a turn"):
+        session.push_audio(np.zeros(40 * 60 * 16000, np.float32))
+    session.push_audio(np.zeros(200, np.float32))
+    with pytest.raises(ValueError, match="too short to hear"):
+        session.end_of_speech()
+    session.push_audio(SOUND[0])
+    session.end_of_speech()
+    with pytest.raises(ValueError, match="being answered"):
+        session.end_of_speech()
+    tokens_of(engine, session)
 
 
 def test_speaking_needs_a_voice(engine):

@@ -233,14 +233,6 @@ def test_several_replies_at_once_are_those_of_one_by_one(engine):
     assert len({text for _, text in said}) > 1
 
 
-def test_what_stands_behind_a_stop_token_is_no_reply(engine):
-    noise, words = engine.tokenizer.state_ids["noise"], engine.tokenizer.encode("ok.")
-    (end,) = engine.tokenizer.encode(END)
-    assert engine._read([noise, *words, end, *words]) == ("noise", "ok.")
-    assert engine._read([*words, *words]) == (None, "ok.ok.")
-    assert engine._read([end, *words]) == (None, "")
-
-
 def test_likelihood_is_that_of_the_whole_reply(engine, monkeypatch):
     monkeypatch.setattr("vita_jax.infer.likelihood.NODES", 20)  # several trees
     turn = Turn("What is this?", [PIL.Image.new("RGB", (28, 28), (200, 90, 0))])

@@ -17,7 +17,7 @@ from vita_jax.config import load_config
 from vita_jax.data import prompts, synthetic
 from vita_jax.data.collate import collate
 from vita_jax.data.utterance import words
-from vita_jax.infer.decode import next_speech, start_speech
+from vita_jax.infer.decode import begin_speech, init_speech, next_speech
 from vita_jax.infer.sampling import Sampler
 from vita_jax.losses import ctc_read
 from vita_jax.models.vita import Vita
@@ -210,11 +210,13 @@ def test_speech_decoders(tmp_path):
     config, greedy = engine.config, Sampler().arrays()
     nothing_banned = np.zeros(config.speech.vocab_size, bool)
     for sample in samples:
-        ids = np.array([engine.tokenizer.encode(sample["text"])], np.int32)
-        length, key = np.array([ids.size], np.int32), jax.random.key(0)
-        state = start_speech(config, 128, 1, engine.params, ids, length, key)
-        codes, _ = next_speech(config, 7, engine.params, nothing_banned, state, greedy)
-        assert codes[0].tolist() == [*sample["codes"], config.speech.eos_id]
+        ids = np.array(engine.tokenizer.encode(sample["text"]), np.int32)
+        state = init_speech(config, 1, 128, greedy)
+        given = 0, ids, np.int32(ids.size), jax.random.key(0), np.int32(100), greedy
+        state = begin_speech(config, engine.params, state, *given)
+        row = np.ones(1, bool)
+        _, codes = next_speech(config, 128, 7, engine.params, nothing_banned, state, row)
+        assert codes[:, 0].tolist() == [*sample["codes"], config.speech.eos_id]
 
 
 def test_codec(tmp_path):

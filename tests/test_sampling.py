@@ -11,10 +11,22 @@ LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
 
 
 def draws(number=400, **settings):
-    arrays = Sampler(**settings).arrays()
-    arrays.pop("penalty")
+    return many_draws(LOGITS, number, **settings)
+
+
+def many_draws(logits, number, **settings):
+    """One draw a row, each with a key of its own."""
     keys = jax.random.split(jax.random.key(0), number)
-    return np.asarray(jax.jit(jax.vmap(lambda key: sample(key, LOGITS, **arrays)[0]))(keys))
+    sampling = {name: np.full(number, x) for name, x in Sampler(**settings).arrays().items()}
+    return np.asarray(jax.jit(sample)(keys, jnp.repeat(logits, number, axis=0), sampling))
+
+
+def test_each_row_has_settings_of_its_own():
+    both = [Sampler(), Sampler(temperature=1.0, top_k=2)] * 200
+    sampling = {name: np.array([s.arrays()[name] for s in both]) for name in both[0].arrays()}
+    keys = jax.random.split(jax.random.key(0), 400)
+    drawn = np.asarray(sample(keys, jnp.repeat(LOGITS, 400, axis=0), sampling))
+    assert set(drawn[::2]) == {0} and set(drawn[1::2]) == {0, 1}
 
 
 def test_temperature_zero_is_greedy():
@@ -42,22 +54,19 @@ def test_top_p_keeps_the_least_set_that_reaches_it(top_p, kept):
 
 def test_forbidden_tokens_are_never_drawn():
     logits = LOGITS.at[0, 0].set(-jnp.inf)
-    keys = jax.random.split(jax.random.key(0), 200)
-    arrays = Sampler(temperature=1.0, top_k=2).arrays()
-    arrays.pop("penalty")
-    drawn = jax.vmap(lambda key: sample(key, logits, **arrays)[0])(keys)
+    drawn = many_draws(logits, 200, temperature=1.0, top_k=2)
     assert set(np.asarray(drawn)) == {1, 2}
 
 
 def test_penalty_counts_every_occurrence():
     logits = jnp.array([[2.0, -2.0, 3.0]])
-    out = penalize(logits, jnp.array([[-1, 0, 0, 1]]), 1.5)
+    out = penalize(logits, jnp.array([[2, -1, 0, 0, 1]]), *map(jnp.array, ([1.5], [4])))
     np.testing.assert_allclose(out, [[2 / 1.5**2, -2 / 1.5, 3.0]], rtol=1e-6)
 
 
 def test_seen_penalty_lowers_whatever_the_sign():
     logits = jnp.array([[2.0, -2.0, 3.0]])
-    out = penalize_seen(logits, jnp.array([[True, True, False]]), 1.25)
+    out = penalize_seen(logits, jnp.array([[True, True, False]]), jnp.array([1.25]))
     np.testing.assert_allclose(out, [[1.6, -2.5, 3.0]], rtol=1e-6)
 
 

@@ -10,8 +10,8 @@ from vita_jax.config import vita_tiny
 from vita_jax.data.tokenizer import load_bundled
 from vita_jax.infer import voice as voices
 from vita_jax.infer.decode import decode_codes
-from vita_jax.infer.sampling import Sampler
-from vita_jax.infer.voice import Segmenter, Voice, speakable
+from vita_jax.infer.engine import Engine
+from vita_jax.infer.voice import Segmenter, speakable
 from vita_jax.models.codec import fold_weight_norm
 from vita_jax.models.vita import init_params
 
@@ -45,6 +45,14 @@ def test_state_and_special_tokens_are_not_spoken():
     assert speakable("☞Hello<|im_end|> ") == "Hello"
 
 
+@pytest.mark.parametrize("push", ["a b c d e f g h i j k l", "一 二三四五六七八九十"])
+def test_text_without_punctuation_is_cut_too(push):
+    segmenter = Segmenter(max_pushes=4)
+    segments = sum([segmenter.push(char) for char in push], []) + segmenter.flush()
+    assert len(segments) > 1 and max(map(len, segments)) <= 6
+    assert "".join(segments).replace(" ", "") == push.replace(" ", "")
+
+
 @pytest.fixture(scope="module")
 def model():
     config = vita_tiny()
@@ -55,47 +63,35 @@ def model():
 
 
 def test_codes_are_heard_in_full(model, monkeypatch):
-    config, params = model
+    """Far from the seams what is streamed sounds like the whole, decoded at once."""
     monkeypatch.setattr(voices, "MAX_CODES", 93)
-    heard = []
-    decode = voices.Voice._synthesize
-
-    def listen(self, codes):
-        heard.append(list(codes))
-        return decode(self, codes)
-
-    monkeypatch.setattr(voices.Voice, "_synthesize", listen)
-    voice = Voice(
-        config, params, load_bundled("vita_tiny"), Sampler(temperature=1.0, top_k=2), seed=0
-    )
-    voice.say("hello there")
-    pieces = []
-    while voice.busy:
-        pieces.append(voice.advance())
-    waveform = np.concatenate(pieces)
-    codes = heard[0] + [c for window in heard[1:] for c in window[20:]]
-    assert len(codes) == len(waveform) / config.codec.samples_per_token == 93
-    assert max(codes) < config.speech.num_codes
-    # Far from the seams the windows sound like the whole.
-    tokens, length = np.array([codes], np.int32), np.array([len(codes)])
-    whole = decode_codes(config, params, tokens, length, np.array(config.codec.global_tokens))[0]
-    np.testing.assert_allclose(waveform[: 30 * 600], whole[: 30 * 600], atol=1e-4)
-
-
-def test_same_seed_same_voice(model, monkeypatch):
     config, params = model
-    monkeypatch.setattr(voices, "MAX_CODES", 25)
+    engine = Engine(config, params, load_bundled("vita_tiny"))
+    session = engine.session(seed=5, max_new_tokens=1)
+    session.push_text("Hi")
+    session.end_of_speech()
+    session.reply.speaker.segments.append("hello there")
+    codes, speaker = [], session.reply.speaker
+    push = speaker.push
+    monkeypatch.setattr(speaker, "push", lambda new: (codes.extend(new), push(new)))
+    while session.reply:
+        engine.step()
+    waveform = session.events[-1].reply.audio
+    codes = [code for code in codes if code >= 0][:93]
+    assert len(codes) == 93 and max(codes) < config.speech.num_codes  # no end was drawn
+    tokens, length = np.array([codes], np.int32), np.array([len(codes)])
+    whole = decode_codes(config, params, tokens, length, voices.voice_of(config)[None])[0]
+    np.testing.assert_allclose(waveform[: 10 * 600], whole[: 10 * 600], atol=1e-4)
+    middle = slice(30 * 600, 50 * 600)
+    np.testing.assert_allclose(waveform[middle], whole[middle], atol=1e-4)
+
+
+def test_same_seed_same_voice(model):
+    config, params = model
 
     def say(seed):
-        voice = Voice(
-            config, params, load_bundled("vita_tiny"), Sampler(temperature=1.0, top_k=2), seed
-        )
-        voice.say("one")
-        voice.say("two")
-        pieces = []
-        while voice.busy:
-            pieces.append(voice.advance())
-        return np.concatenate(pieces)
+        args = config, params, load_bundled("vita_tiny"), ["one", "two three"]
+        return np.concatenate(voices.speak(*args, max_codes=25, seed=seed))
 
     np.testing.assert_array_equal(say(3), say(3))
-    assert np.abs(say(3) - say(4)).max() > 1e-3
+    assert len(say(3)) != len(say(4)) or np.abs(say(3) - say(4)).max() > 1e-3

@@ -386,11 +386,11 @@ def _chat(args):
         raise ValueError(f"--voice {args.voice}: nothing is spoken without --out WAV; add it")
     options = {
         "voice": args.voice,
-        "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
     }
-    engine = load(args.checkpoint, mesh, args.dtype, args.max_tokens, args.video_rate)
+    sizes = args.max_tokens, args.video_rate
+    engine = load(args.checkpoint, mesh, args.dtype, *sizes, max_new_tokens=args.max_new_tokens)
     _say_untrained(args.checkpoint)
     speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
     if args.out and not speak:
@@ -398,25 +398,25 @@ def _chat(args):
             f"--out {args.out}: {args.checkpoint} has no speech decoder or codec, it can only write"
         )
     turn = {"text": args.text, "images": args.image, "audio": args.audio, "video": args.video}
-    history = []
+    session = engine.session(speak=speak, **options)
     if any(turn.values()):
-        history.append(_turn(engine, turn, history, speak, args.out, options))
+        _turn(engine, session, turn, args.out)
     while args.interactive:
         turn = _ask()
         if turn is None:
             return
         try:
-            history.append(_turn(engine, turn, history, speak, args.out, options))
+            _turn(engine, session, turn, args.out)
         except (ValueError, OSError) as error:  # a mistyped file name must not end the conversation
             print(f"vita chat: {error}", file=sys.stderr)
 
 
-def _turn(engine, turn, history, speak, out, options):
-    """Answers one turn on the console and, if `out`, in a file; returns it for the history."""
+def _turn(engine, session, turn, out):
+    """Answers one turn on the console and, if `out`, in a file."""
     from vita_jax import Done, TextDelta
     from vita_jax.data.prompts import STATES
 
-    for event in engine.stream(**turn, history=history, speak=speak, **options):
+    for event in engine.answer(session, **turn):
         if isinstance(event, TextDelta):
             print(event.text, end="", flush=True)
         elif isinstance(event, Done):
@@ -437,7 +437,6 @@ def _turn(engine, turn, history, speak, out, options):
     )
     if out:
         _write(reply, turn, out)
-    return reply.turn
 
 
 def _write(reply, turn, out):

@@ -175,7 +175,10 @@ def run(
         raise FileNotFoundError(f"{data}: no such folder; `vita data build` makes it")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: expected at least 1")
-    engines = [load(folder, dtype=dtype) if folder else None for folder in (checkpoint, before)]
+    engines = [
+        load(folder, dtype=dtype, num_rows=exam.BATCH_SIZE) if folder else None
+        for folder in (checkpoint, before)
+    ]
     out.mkdir(parents=True, exist_ok=True)
     examined = exam.Exam(*engines, str(checkpoint), dtype, data, out, progress)
     report = {

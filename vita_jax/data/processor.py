@@ -82,6 +82,25 @@ class Example:
     waveform: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation as it stands in a prompt, with its reply if it has one.
+
+    Attributes:
+      text: of the question, with one IMAGE for each tile and an AUDIO for each clip.
+      reply: with state token and END, or None if there is none yet.
+      tiles: RGB images of the tiles.
+      clips: float32[A, M] filter banks of the clips.
+      has_video: whether the tiles are frames of a video.
+    """
+
+    text: str
+    reply: str | None = None
+    tiles: tuple = ()
+    clips: tuple[np.ndarray, ...] = ()
+    has_video: bool = False
+
+
 class Processor:
     """Makes an `Example` of a raw conversation: `prompt` to answer it, `sample` to train on it."""
 
@@ -145,19 +164,26 @@ class Processor:
             a clip is longer than the encoder takes, or the whole is longer than `max_tokens`.
         """
         turns = [*history, Turn(text, images, audio, video)]
-        messages, tiles, clips = [], [], []
+        messages = []
         for number, turn in enumerate(turns, 1):
             where = "prompt" if number == len(turns) else f"history, turn {number}"
             if turn.reply is None and number < len(turns):
                 raise ValueError(f"{where}: no reply; give it or leave the turn out")
-            message = _place(turn, where)
-            pictures = [self._tiles(source) for source in turn.images]
-            message, shown = _expand(message, pictures, self._frames(turn.video))
-            tiles += shown
-            clips += [] if turn.audio is None else [self._clip(turn.audio, rng)]
-            messages.append((message, None if turn.reply is None else turn.reply + END))
-        has_video = any(turn.video is not None for turn in turns)
-        return self._example("prompt", messages, tiles, clips, has_video)
+            messages.append(self.message(turn, where, rng))
+        return self._example("prompt", messages)
+
+    def message(
+        self, turn: Turn, where: str = "turn", rng: np.random.Generator | None = None
+    ) -> Message:
+        """One turn as it stands in a prompt. Arguments and errors as for `prompt`; `where` names
+        the turn in errors.
+        """
+        text = place(turn, where)
+        pictures = [self.tiles(source) for source in turn.images]
+        text, shown = expand(text, pictures, self.frames(turn.video))
+        clips = () if turn.audio is None else (self.clip(turn.audio, rng),)
+        reply = None if turn.reply is None else turn.reply + END
+        return Message(text, reply, tuple(shown), clips, turn.video is not None)
 
     def sample(
         self,
@@ -196,77 +222,100 @@ class Processor:
         sets = _sets(sample.get("set"), len(images) + has_video, where)
         homes = [(folders or {}).get(name, root) for name in sets]
         pictures = [
-            self._tiles(_locate(home, source), len(images) == 1 or name not in UNTILED_SETS)
+            self.tiles(_locate(home, source), len(images) == 1 or name not in UNTILED_SETS)
             for home, source, name in zip(homes, images, sets)
         ]
-        frames = self._frames(_locate(homes[-1], film) if has_video else None)
-        clips = [self._clip(_locate(Path(root, "audio"), source), rng) for source in sounds]
+        frames = self.frames(_locate(homes[-1], film) if has_video else None)
+        clips = [self.clip(_locate(Path(root, "audio"), source), rng) for source in sounds]
 
-        messages, tiles = [], []
+        messages = []
         for index in range(0, len(texts), 2):
             question, reply = texts[index : index + 2]
-            message, shown = _expand(_blocks_first(question), pictures, frames, after="\n")
-            tiles += shown
+            message, shown = expand(_blocks_first(question), pictures, frames, after="\n")
+            heard = [clips.pop(0) for _ in range(question.count(AUDIO))]
             spoken = "audio_reply" if AUDIO in question else "text_reply"
             state = STATES["noise" if inserted == index + 1 else spoken]
             broken_off = index + 2 == len(texts) and not sample.get("end_tag", True)
-            messages.append((_tidy(message), state + _tidy(reply) + ("" if broken_off else END)))
-        return self._example(where, messages, tiles, clips, has_video)
+            reply = state + _tidy(reply) + ("" if broken_off else END)
+            messages.append(Message(_tidy(message), reply, tuple(shown), tuple(heard), has_video))
+        return self._example(where, messages)
 
-    def _example(self, where, messages, tiles, clips, has_video) -> Example:
-        """Fills the template with (text, reply or None) pairs that hold one placeholder a tile.
+    def join(self, messages: Sequence[Message], clip_sizes: Iterable[int]):
+        """Messages, oldest first, as one conversation: the template, filled.
 
         Text between placeholders and each reply are tokenised apart, so what is a target is known.
         (The release tokenises the whole and measures the parts anew. The ids are the same: a reply
         starts with its state token, which no token spans.)
+
+        Args:
+          messages: to join.
+          clip_sizes: embeddings of each clip.
+
+        Returns:
+          int32[T] ids and placeholders, float32[T] 1 on replies, and int[] where the last message
+          begins.
         """
-        num_embeddings = iter([self.config.audio.num_embeddings(len(clip)) for clip in clips])
-        ids, is_target = [], []
+        sizes = iter(clip_sizes)
+        shown = "video" if any(message.has_video for message in messages) else "text"
+        if shown == "text" and any(IMAGE in message.text for message in messages):
+            shown = "image"
+        ids, is_target, start = [], [], 0
 
         def add(new, target=False):
             ids.extend(new)
             is_target.extend([target] * len(new))
 
-        shown = "video" if has_video else "image" if tiles else "text"
         add(self.tokenizer.encode(SYSTEM.format(SYSTEM_PROMPTS[shown])))
-        for number, (text, reply) in enumerate(messages):
-            text = ("\n" if number else "") + USER.format(text) + ASSISTANT
+        for number, message in enumerate(messages):
+            start = len(ids)
+            text = ("\n" if number else "") + USER.format(message.text) + ASSISTANT
             for piece in re.split(f"({IMAGE}|{AUDIO})", text):
                 if piece == IMAGE:
                     add([IMAGE_TOKEN] * self.config.vision.embeddings_per_tile)
                 elif piece == AUDIO:
-                    add([AUDIO_TOKEN] * next(num_embeddings))
+                    add([AUDIO_TOKEN] * next(sizes))
                 else:
                     add(self.tokenizer.encode(piece))
-            if reply is not None:
-                add(self.tokenizer.encode(reply), target=True)
-        if len(ids) > self.max_tokens:
+            if message.reply is not None:
+                add(self.tokenizer.encode(message.reply), target=True)
+        return np.asarray(ids, np.int32), np.asarray(is_target, np.float32), start
+
+    def check_length(self, num_tokens: int, where: str) -> None:
+        """Refuses a conversation of more than `max_tokens`, with a ValueError."""
+        if num_tokens > self.max_tokens:
             raise ValueError(
-                f"{where}: {len(ids)} tokens, {len(ids) - self.max_tokens} over the limit of "
+                f"{where}: {num_tokens} tokens, {num_tokens - self.max_tokens} over the limit of "
                 f"{self.max_tokens}; give less text, fewer pictures or a shorter history, or "
                 f"raise max_tokens (up to {self.config.llm.max_positions})"
             )
+
+    def _example(self, where, messages) -> Example:
+        tiles = [tile for message in messages for tile in message.tiles]
+        clips = tuple(clip for message in messages for clip in message.clips)
+        sizes = [self.config.audio.num_embeddings(len(clip)) for clip in clips]
+        tokens, loss_mask, _ = self.join(messages, sizes)
+        self.check_length(len(tokens), where)
         return Example(
-            tokens=np.asarray(ids, np.int32),
-            loss_mask=np.asarray(is_target, np.float32),
+            tokens=tokens,
+            loss_mask=loss_mask,
             tiles=normalize(tiles) if tiles else None,
-            audio=tuple(clips),
+            audio=clips,
         )
 
-    def _tiles(self, source, tiled=True):
+    def tiles(self, source, tiled=True):
         """The tiles of one picture, RGB images."""
         rgb, px = read_image(source), self.config.vision.tile_px
         if tiled:
             return tile_image(rgb, px, self.config.max_tiles)
         return [fit_frame(rgb, px)]
 
-    def _frames(self, source):
+    def frames(self, source):
         """The frames of a video, one tile each; none for None."""
         if isinstance(source, (str, Path)):
             source = read_video(source, self.video_rate)
-        return [tile for frame in source or () for tile in self._tiles(frame, tiled=False)]
+        return [tile for frame in source or () for tile in self.tiles(frame, tiled=False)]
 
-    def _clip(self, source, rng):
+    def clip(self, source, rng):
         """float32[A, M] filter bank of one clip."""
         c = self.config.audio
         waveform = read_audio(source)
@@ -285,7 +334,7 @@ class Processor:
         return banks if augment is None else augment.gaps(banks, rng)
 
 
-def _place(turn, where):
+def place(turn, where):
     """The turn's text with placeholders: where the user wrote them, else where the release does."""
     text, has_audio, has_video = turn.text or "", turn.audio is not None, turn.video is not None
     if not (text or turn.images or has_audio or has_video):
@@ -313,7 +362,7 @@ def _check_counts(text, num_images, num_videos, num_clips, where):
             )
 
 
-def _expand(text, pictures, frames, after=""):
+def expand(text, pictures, frames, after=""):
     """`text` with one `<image>` a tile, and those tiles.
 
     Takes the pictures it needs off the front of `pictures`, a list of lists of tiles, and puts

@@ -1,9 +1,9 @@
-"""Compiled steps of the two decoders: prompt -> first token -> next token, and text -> codec
-tokens.
+"""Compiled steps of the two decoders, over the rows of the engine.
 
-Every function is compiled once for each bucket of lengths; sampling happens on the device, its
-settings are arrays. State goes in and comes out; it is donated, so the cache is updated in place.
-Read next: `engine.py`.
+A row is a conversation (text) or a piece of text being spoken (speech); rows begin and end on their
+own while the others go on. Every function is compiled once for each bucket of lengths; sampling
+happens on the device, its settings are arrays. State goes in and comes out; it is donated, so
+caches are updated in place. Read next: `engine.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vita_jax.batch import Batch
 from vita_jax.config import VitaConfig
-from vita_jax.infer.sampling import penalize, penalize_seen, sample
+from vita_jax.infer.sampling import MAX_WINDOW, penalize, penalize_seen, sample
 from vita_jax.models.layers import Cache
 from vita_jax.models.llm import init_llm_cache
 from vita_jax.models.speech import init_speech_cache
@@ -25,174 +25,341 @@ from vita_jax.models.vita import Vita
 
 @flax.struct.dataclass
 class TextState:
-    """A reply being written.
+    """Conversations, one a row.
 
     Attributes:
-      token: int32[B] the token drawn last.
-      cache: of the conversation up to, not with, that token.
+      token: int32[B] drawn last.
+      left: int32[B] tokens that may still be drawn; 0 once a stop token was, or nothing is written.
+      cache: of the conversation up to, not with, `token`.
       seen: bool[B, V] tokens of the conversation, for the repetition penalty.
-      key: PRNG key of the next draw.
+      key: keys [B] of the draws; each draw uses the one of its position.
+      sampling: `Sampler.arrays()`, [B] each.
     """
 
     token: jax.Array
+    left: jax.Array
     cache: Cache
     seen: jax.Array
     key: jax.Array
+    sampling: dict
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def init_text(config: VitaConfig, num_rows: int, num_slots: int, sampling) -> TextState:
+    """Empty rows of `num_slots` tokens each; `sampling` as `Sampler.arrays()`."""
+    return TextState(
+        token=jnp.zeros(num_rows, jnp.int32),
+        left=jnp.zeros(num_rows, jnp.int32),
+        cache=init_llm_cache(config.llm, num_rows, num_slots),
+        seen=jnp.zeros((num_rows, config.llm.vocab_size), bool),
+        key=jax.random.split(jax.random.key(0), num_rows),
+        sampling={name: jnp.broadcast_to(x, num_rows) for name, x in sampling.items()},
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def embed_prompt(config: VitaConfig, params, batch: Batch):
-    """dtype[B, T, D]: the prompt as embeddings, pictures and sound included."""
+    """dtype[B, T, D]: whole prompts as embeddings, pictures and sound included."""
     return Vita(config).apply({"params": params}, batch, method="embed")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def embed_text(config: VitaConfig, params, tokens):
+    """dtype[1, T, D]: embeddings of int32[T] ids; where there are placeholders, of id 0."""
+    return Vita(config).apply({"params": params}, tokens[None], method=lambda m, t: m.llm.embed(t))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_tile(config: VitaConfig, params, tile):
+    """dtype[P, D]: embeddings of float32[px, px, 3] normalised pixels."""
+    return Vita(config).apply({"params": params}, tile[None, None], method="encode_tiles")[0, 0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_clip(config: VitaConfig, params, frames, num_frames):
+    """dtype[S, D]: embeddings of a whole clip, float32[A, M] of which int32[] frames are real."""
+    real = jnp.arange(frames.shape[0]) < num_frames
+    args = frames[None, None], real[None, None]
+    return Vita(config).apply({"params": params}, *args, method="encode_audio")[0][0, 0]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def start_text(
-    config: VitaConfig, num_slots: int, params, embeddings, tokens, length, key, sampling
-) -> TextState:
-    """Reads the prompt and draws the first token of the reply.
+def encode_piece(config: VitaConfig, final: bool, params, frames, state):
+    """dtype[S, D]: the embeddings that float32[A, M], the next frames of a clip, complete, and the
+    next `AudioState`. For models with a chunk mask; `Audio.stream` says which pieces it takes.
+    """
+
+    def read(model, frames, state):
+        return model.audio.stream(frames, state, final)
+
+    out, state = Vita(config).apply({"params": params}, frames[None], state, method=read)
+    return out[0], state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def audio_prompts(config: VitaConfig, params):
+    """dtype[P, D]: the trained embeddings in front of every clip."""
+    return Vita(config).apply({"params": params}, method=lambda m: m.audio.prompt_embeddings(1))[0]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def splice(embeddings, rows, first, at, number):
+    """dtype[1, T, D] `embeddings` with `number` of `rows` dtype[S, D], from the one with index
+    `first`, written from position `at` on.
+    """
+    index = jnp.arange(embeddings.shape[1]) - at
+    chosen = rows[jnp.clip(first + index, 0, len(rows) - 1)].astype(embeddings.dtype)
+    inside = (index >= 0) & (index < number)
+    return jnp.where(inside[None, :, None], chosen[None], embeddings)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def read(config: VitaConfig, num_seen: int, params, state: TextState, row, embeddings, start, num):
+    """Reads the next part of a conversation into its row.
 
     Args:
       config: of the model.
-      num_slots: tokens the cache has room for, prompt and reply together.
+      num_seen: slots of the row that are looked at, `start` + T or more.
       params: of the model.
-      embeddings: dtype[B, T, D], right-padded.
-      tokens: int32[B, T] ids and placeholders of the prompt, right-padded with 0.
-      length: int32[B] real tokens.
-      key: PRNG key.
-      sampling: `Sampler.arrays()`.
+      state: the rows.
+      row: int32[] whose conversation it is.
+      embeddings: dtype[1, T, D], right-padded.
+      start: int32[] tokens that were read before and stay.
+      num: int32[] embeddings that are real.
+
+    Returns:
+      the rows, and dtype[D] what the LLM makes of the last embedding.
     """
-    b, t = tokens.shape
-    cache = init_llm_cache(config.llm, b, num_slots)
-    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    whole, shape = state.cache, state.cache.k.shape
+    at, size = (0, row, 0, 0, 0), (shape[0], 1, num_seen, *shape[3:])
+    k, v = (jax.lax.dynamic_slice(x, at, size) for x in (whole.k, whole.v))
+    cache = Cache(k=k, v=v, length=jnp.full(1, start))
+    t = embeddings.shape[1]
+    positions = start + jnp.arange(t)[None]
     hidden, cache = _llm(config, params, embeddings, positions, cache.causal_mask(t), cache)
-    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    counted = (tokens >= 0) & (jnp.arange(t) < length[:, None])
-    seen = (
-        jnp.zeros((b, config.llm.vocab_size), bool)
-        .at[jnp.arange(b)[:, None], jnp.maximum(tokens, 0)]
-        .max(counted)
+    whole = Cache(
+        k=jax.lax.dynamic_update_slice(whole.k, cache.k, at),
+        v=jax.lax.dynamic_update_slice(whole.v, cache.v, at),
+        length=whole.length.at[row].set(start + num),
     )
-    return _draw(config, params, last, cache.replace(length=length), seen, key, sampling)
+    return state.replace(cache=whole), hidden[0, num - 1]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def next_text(config: VitaConfig, params, state: TextState, sampling) -> TextState:
-    """Takes the last token into the conversation and draws the next."""
-    x = Vita(config).apply(
-        {"params": params}, state.token[:, None], method=lambda m, t: m.llm.embed(t)
-    )
-    cache = state.cache
-    hidden, cache = _llm(config, params, x, cache.length[:, None], cache.causal_mask(1), cache)
-    return _draw(config, params, hidden[:, 0], cache, state.seen, state.key, sampling)
+def begin_text(
+    config: VitaConfig, params, state: TextState, row, hidden, tokens, key, left, sampling, stops
+):
+    """Draws the first token of a reply.
+
+    Args:
+      config: of the model.
+      params: of the model.
+      state: the rows.
+      row: int32[] in which the whole prompt was read.
+      hidden: dtype[D] what `read` gave last.
+      tokens: int32[T] ids of the prompt, below 0 where there are none.
+      key: PRNG key of the request.
+      left: int32[] tokens that may be drawn.
+      sampling: `Sampler.arrays()` of the request.
+      stops: int32[n] ids that end a reply.
+
+    Returns:
+      the rows and int32[] the token.
+    """
+    seen = jnp.zeros((1, config.llm.vocab_size), bool)
+    seen = seen.at[0, jnp.maximum(tokens, 0)].max(tokens >= 0)
+    one = {name: x[None] for name, x in sampling.items()}
+    token = _draw(
+        config, params, hidden[None], state.cache.length[row][None], seen, key[None], one
+    )[0]
+    return TextState(
+        token=state.token.at[row].set(token),
+        left=state.left.at[row].set(jnp.where((token == stops).any(), 0, left - 1)),
+        cache=state.cache,
+        seen=state.seen.at[row].set(seen[0].at[token].set(True)),
+        key=state.key.at[row].set(key),
+        sampling={name: x.at[row].set(sampling[name]) for name, x in state.sampling.items()},
+    ), token
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def next_text(
+    config: VitaConfig, num_seen: int, num_tokens: int, params, state: TextState, running, stops
+):
+    """Writes on, in the rows that are `running` and may still draw.
+
+    Args:
+      config: of the model.
+      num_seen: slots of a row that are looked at.
+      num_tokens: tokens to draw in this call.
+      params: of the model.
+      state: the rows.
+      running: bool[B].
+      stops: int32[n] ids that end a reply.
+
+    Returns:
+      the rows and int32[num_tokens, B], -1 where nothing was drawn.
+    """
+
+    def step(state, _):
+        live = running & (state.left > 0)
+        x = Vita(config).apply(
+            {"params": params}, state.token[:, None], method=lambda m, t: m.llm.embed(t)
+        )
+        cache = state.cache
+        mask = cache.causal_mask(1, num_seen)
+        hidden, cache = _llm(config, params, x, cache.length[:, None], mask, cache)
+        cache = cache.replace(length=state.cache.length + live)
+        drawn = hidden[:, 0], cache.length, state.seen, state.key, state.sampling
+        token = jnp.where(live, _draw(config, params, *drawn), state.token)
+        left = jnp.where((token[:, None] == stops).any(axis=1), 0, state.left - 1)
+        state = state.replace(
+            token=token,
+            left=jnp.where(live, left, state.left),
+            cache=cache,
+            seen=state.seen.at[jnp.arange(len(token)), token].max(live),
+        )
+        return state, jnp.where(live, token, -1)
+
+    return jax.lax.scan(step, state, length=num_tokens)
 
 
 def _llm(config, params, *args):
     return Vita(config).apply({"params": params}, *args, method=lambda m, *a: m.llm(*a))
 
 
-def _draw(config, params, hidden, cache, seen, key, sampling):
-    """The state with a token drawn from the logits of `hidden`."""
+def _draw(config, params, hidden, number, seen, key, sampling):
+    """int32[B] tokens drawn from the logits of `hidden`; `number` int32[B] of each in its row."""
     logits = Vita(config).apply({"params": params}, hidden, method=lambda m, x: m.llm.logits(x))
-    key, use = jax.random.split(key)
     logits = penalize_seen(logits, seen, sampling["penalty"])
-    token = sample(use, logits, sampling["temperature"], sampling["top_k"], sampling["top_p"])
-    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return TextState(token=token, cache=cache, seen=seen, key=key)
+    return sample(jax.vmap(jax.random.fold_in)(key, number), logits, sampling)
 
 
 @flax.struct.dataclass
 class SpeechState:
-    """A piece of text being spoken.
+    """Pieces of text being spoken, one a row.
 
     Attributes:
-      code: int32[B] the code drawn last, `sos_id` before the first.
+      code: int32[B] drawn last, `sos_id` before the first.
       recent: int32[B, R] the codes before the next draw, newest last, -1 where there is none yet.
-      done: bool[B] True once EOS was drawn; codes after it mean nothing.
+      left: int32[B] codes that may still be drawn; 0 once EOS was, or nothing is spoken.
       cache: of the AR decoder up to, not with, `code`.
-      key: PRNG key of the next draw.
+      key: keys [B] of the draws.
+      sampling: `Sampler.arrays()`, [B] each.
     """
 
     code: jax.Array
     recent: jax.Array
-    done: jax.Array
+    left: jax.Array
     cache: Cache
     key: jax.Array
+    sampling: dict
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def start_speech(
-    config: VitaConfig, num_slots: int, num_recent: int, params, tokens, length, key
-) -> SpeechState:
+def init_speech(config: VitaConfig, num_rows: int, num_slots: int, sampling) -> SpeechState:
+    """Silent rows of `num_slots`: 1 for BOS, `speech_frames_per_token` a token, 1 for SOS and 1 a
+    code. `sampling` as `Sampler.arrays()`.
+    """
+    return SpeechState(
+        code=jnp.zeros(num_rows, jnp.int32),
+        recent=jnp.full((num_rows, MAX_WINDOW), -1, jnp.int32),
+        left=jnp.zeros(num_rows, jnp.int32),
+        cache=init_speech_cache(config.speech, num_rows, num_slots),
+        key=jax.random.split(jax.random.key(0), num_rows),
+        sampling={name: jnp.broadcast_to(x, num_rows) for name, x in sampling.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def begin_speech(
+    config: VitaConfig, params, state: SpeechState, row, tokens, num, key, left, sampling
+):
     """Reads a piece of text with the NAR decoder and prepares the AR decoder.
 
     Args:
       config: of the model.
-      num_slots: cache slots: 1 for BOS, `speech_frames_per_token` a token, 1 for SOS and 1 a code.
-      num_recent: codes the repetition penalty looks back at.
       params: of the model.
-      tokens: int32[B, T] text, right-padded.
-      length: int32[B] real tokens.
+      state: the rows.
+      row: int32[] that speaks it.
+      tokens: int32[T] text, right-padded.
+      num: int32[] real tokens.
       key: PRNG key.
+      left: int32[] codes that may be drawn.
+      sampling: `Sampler.arrays()`.
     """
-    b, t = tokens.shape
     n = config.speech_frames_per_token
-    real = jnp.arange(t * n) < length[:, None] * n
+    real = jnp.arange(tokens.shape[0] * n)[None] < num * n
+    empty = init_speech_cache(config.speech, 1, state.cache.k.shape[2])
 
     def read(model, tokens):
-        pieces = model.text_pieces(tokens)
-        return model.speech.prefill(pieces, real, init_speech_cache(config.speech, b, num_slots))
+        return model.speech.prefill(model.text_pieces(tokens), real, empty)
 
-    cache = Vita(config).apply({"params": params}, tokens, method=read)
-    code = jnp.full(b, config.speech.sos_id, jnp.int32)
-    recent = jnp.full((b, num_recent), -1, jnp.int32).at[:, -1].set(code)
-    return SpeechState(code=code, recent=recent, done=jnp.zeros(b, bool), cache=cache, key=key)
+    one = Vita(config).apply({"params": params}, tokens[None], method=read)
+    first = jnp.int32(config.speech.sos_id)
+    return SpeechState(
+        code=state.code.at[row].set(first),
+        recent=state.recent.at[row].set(jnp.full(MAX_WINDOW, -1).at[-1].set(first)),
+        left=state.left.at[row].set(left),
+        cache=Cache(
+            k=state.cache.k.at[:, row].set(one.k[:, 0]),
+            v=state.cache.v.at[:, row].set(one.v[:, 0]),
+            length=state.cache.length.at[row].set(one.length[0]),
+        ),
+        key=state.key.at[row].set(key),
+        sampling={name: x.at[row].set(sampling[name]) for name, x in state.sampling.items()},
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def next_speech(config: VitaConfig, num_codes: int, params, banned, state: SpeechState, sampling):
-    """Draws the next `num_codes` codes.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def next_speech(config: VitaConfig, num_seen: int, num_codes: int, params, banned, state, running):
+    """Draws the next codes, in the rows that are `running` and have not ended.
 
     Args:
       config: of the model.
+      num_seen: slots of a row that are looked at.
       num_codes: codes to draw in this call.
       params: of the model.
       banned: bool[V] ids that are never drawn.
-      state: where the speech stands.
-      sampling: `Sampler.arrays()`.
+      state: the rows.
+      running: bool[B].
 
     Returns:
-      int32[B, num_codes], `eos_id` from where the speech ends, and the next state.
+      the rows and int32[num_codes, B]: `eos_id` where a piece ends, -1 where nothing was drawn.
     """
-    c = config.speech
+    eos_id = config.speech.eos_id
 
     def step(state, _):
+        live = running & (state.left > 0)
+        args = state.code, state.cache, num_seen
         logits, cache = Vita(config).apply(
-            {"params": params}, state.code, state.cache, method=lambda m, *a: m.speech.step(*a)
+            {"params": params}, *args, method=lambda m, *a: m.speech.step(*a)
         )
-        logits = penalize(logits, state.recent, sampling["penalty"])
-        key, use = jax.random.split(state.key)
+        cache = cache.replace(length=state.cache.length + live)
+        penalty, window = state.sampling["penalty"], state.sampling["window"]
+        logits = penalize(logits, state.recent, penalty, window)
         logits = jnp.where(banned, -jnp.inf, logits)
-        code = sample(use, logits, sampling["temperature"], sampling["top_k"], sampling["top_p"])
-        code = jnp.where(state.done, c.eos_id, code)
+        keys = jax.vmap(jax.random.fold_in)(state.key, cache.length)
+        code = jnp.where(live, sample(keys, logits, state.sampling), state.code)
         recent = jnp.concatenate([state.recent[:, 1:], code[:, None]], axis=1)
-        return SpeechState(
-            code=code, recent=recent, done=code == c.eos_id, cache=cache, key=key
-        ), code
+        state = state.replace(
+            code=code,
+            recent=jnp.where(live[:, None], recent, state.recent),
+            left=jnp.where(live, jnp.where(code == eos_id, 0, state.left - 1), state.left),
+            cache=cache,
+        )
+        return state, jnp.where(live, code, -1)
 
-    state, codes = jax.lax.scan(step, state, length=num_codes)
-    return codes.T, state
+    return jax.lax.scan(step, state, length=num_codes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode_codes(config: VitaConfig, params, codes, num_codes, global_tokens):
     """Waveform float32[B, W] of int32[B, S] codes, of which `num_codes` int32[B] are real, in the
-    voice of int32[G] global tokens.
+    voices int32[B, G].
     """
-    timbre = jnp.broadcast_to(global_tokens, (codes.shape[0], config.codec.num_global_tokens))
-    return Vita(config).apply(
-        {"params": params}, codes, timbre, num_codes, method=lambda m, *a: m.codec.decode(*a)
-    )
+    args = codes, global_tokens, num_codes
+    return Vita(config).apply({"params": params}, *args, method=lambda m, *a: m.codec.decode(*a))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,98 +4,96 @@
     for event in engine.stream(images=["cat.jpg"], audio="question.wav"):
         ...
 
-One turn: files -> `data/processor.py` -> `decode.embed_prompt` -> `decode.start_text` ->
-`decode.next_text` until a stop token; each finished segment of text -> `voice.py` -> waveform. Read
-next: `decode.py`, `voice.py`.
+or, for sound that is still being spoken, `engine.session()`. One turn: what is pushed
+(`session.py`) -> encoded and read into a row of the cache, as it comes -> `begin_text` and
+`next_text` until a stop token; each finished segment of text -> `begin_speech`, `next_speech` ->
+codes -> windows -> waveform. All of it happens in `Engine.step`, a bit at a time and for all
+sessions together. Read next: `session.py`, then `decode.py` for the programs that are run.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import time
+import functools
+import weakref
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vita_jax import checkpoint
 from vita_jax.data.audio import read_audio
-from vita_jax.data.collate import bucket, collate
+from vita_jax.data.collate import bucket
 from vita_jax.data.processor import Processor, Turn
-from vita_jax.data.prompts import PAD, START, STATES
-from vita_jax.data.tokenizer import StreamDecoder, Tokenizer
-from vita_jax.infer.decode import embed_prompt, hear_voice, next_text, start_text
+from vita_jax.data.prompts import PAD, START
+from vita_jax.data.tokenizer import Tokenizer
+from vita_jax.data.video import read_video
+from vita_jax.infer import voice as voices
+from vita_jax.infer.chunks import CHUNK, FIRST_CHUNK, PADDING
+from vita_jax.infer.decode import (
+    audio_prompts,
+    begin_speech,
+    begin_text,
+    decode_codes,
+    embed_text,
+    encode_clip,
+    encode_piece,
+    encode_tile,
+    hear_voice,
+    init_speech,
+    init_text,
+    next_speech,
+    next_text,
+    read,
+    splice,
+)
 from vita_jax.infer.sampling import Sampler
-from vita_jax.infer.voice import SPEECH_SAMPLER, Segmenter, Voice
+from vita_jax.infer.session import (  # noqa: F401  (events are part of the engine)
+    AudioChunk,
+    Done,
+    Media,
+    Reply,
+    Seen,
+    Session,
+    TextDelta,
+)
+from vita_jax.infer.voice import SPEECH_SAMPLER
+from vita_jax.models.audio import init_audio_state, stream_frames
 from vita_jax.sharding import make_mesh, rules
 
+MOST_CODES = CHUNK + 2 * PADDING  # of a window
 MAX_VOICE_S = 10  # of a clip to speak in the voice of
+SPANS = (64, 256, 512)  # sizes in which a prompt is read
+TOKENS_PER_CALL, CODES_PER_CALL = 4, 10  # drawn in one dispatch
+CALLS_AHEAD = 2  # dispatches of a kind whose results are not known yet
+HUNGRY_S = 0.5  # a reply whose sound lasts no longer comes first
+MAX_SKIPPED = 3  # but no more often in a row than this before others' text goes on
 
 
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What the model was given: tiles of pictures and video, filter-bank frames of sound, and
-    embeddings in all.
-    """
-
-    num_tiles: int
-    num_audio_frames: int
-    num_tile_embeddings: int
-    num_audio_embeddings: int
-    num_text_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TextDelta:
-    """More text of the reply, `time_s` after the turn began."""
-
-    text: str
-    time_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class AudioChunk:
-    """More of the spoken reply: float32[W] in [-1, 1]."""
-
-    samples: np.ndarray
-    sample_rate_hz: int
-    time_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """A whole reply.
+@dataclasses.dataclass(eq=False)
+class Row:
+    """A row of the caches.
 
     Attributes:
-      text: what it says.
-      state: its state token: "audio_reply", "noise" or "text_reply"; None if the model wrote none.
-      audio: float32[W] in [-1, 1], or None if it was not spoken.
-      sample_rate_hz: of `audio`.
-      turn: the turn as `history` of the next one takes it.
-      seen: what went in.
-      times_s: seconds after the turn began, by name: "prompt read", "first token", "first sound",
-        "text done", "done".
+      keys: int64[T] what is in the cache of the LLM, as `Prompt.keys`.
+      session: who has it, or None.
+      last_used: number of the step in which it was given back.
     """
 
-    text: str
-    state: str | None
-    audio: np.ndarray | None
-    sample_rate_hz: int | None
-    turn: Turn
-    seen: Seen
-    times_s: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """The end of a turn."""
-
-    reply: Reply
+    keys: np.ndarray
+    session: Session | None = None
+    last_used: int = 0
 
 
 class Engine:
-    """A model ready to talk. Make one with `load`."""
+    """A model ready to talk. Make one with `load`.
+
+    Sessions share the rows: a session has one from when its turn begins to be read until the reply
+    is over, and waits if there is none. All is done by the thread that calls.
+    """
 
     def __init__(
         self,
@@ -105,6 +103,8 @@ class Engine:
         mesh=None,
         max_tokens: int | None = None,
         video_rate: float = 1.0,
+        num_rows: int = 1,
+        max_new_tokens: int = 512,
     ):
         """Joins a model and its tokenizer.
 
@@ -113,14 +113,106 @@ class Engine:
           params: its parameters, on the mesh if there is one.
           tokenizer: its tokenizer.
           mesh: mesh of the parameters, or None for one device.
-          max_tokens: longest prompt; None is the config's.
+          max_tokens: longest conversation; None is the config's.
           video_rate: frames of a video to look at in a second.
+          num_rows: replies that can be given at a time.
+          max_new_tokens: longest reply.
         """
+        if num_rows < 1 or max_new_tokens < 1:
+            raise ValueError(
+                f"num_rows={num_rows}, max_new_tokens={max_new_tokens}: expected 1 or more of each"
+            )
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
         self.processor = Processor(config, tokenizer, max_tokens, video_rate)
-        stops = [tokenizer.eos_id, *tokenizer.encode(PAD), *tokenizer.encode(START)]
-        self._stop_ids = frozenset(stops)
-        self._states = {i: name for name, i in tokenizer.state_ids.items()}
+        self.stop_ids = frozenset(
+            [tokenizer.eos_id, *tokenizer.encode(PAD), *tokenizer.encode(START)]
+        )
+        self.states = {i: name for name, i in tokenizer.state_ids.items()}
+        self.speaks = config.speech is not None and config.codec is not None
+        self._max_new_tokens = max_new_tokens
+        size = min(self.processor.max_tokens + max_new_tokens, config.llm.max_positions)
+        self._num_slots = -(-size // 256) * 256
+        self._rows = [Row(np.zeros(0, np.int64)) for _ in range(num_rows)]
+        self._sessions: list[weakref.ref] = []
+        self._results: collections.deque = collections.deque()  # (array, what to do with it)
+        self._ahead = collections.Counter()
+        self._steps = self._skipped = 0
+        self._stops = np.array(sorted(self.stop_ids), np.int32)
+        with self._on_mesh():
+            self._text = init_text(config, num_rows, self._num_slots, Sampler().arrays())
+            if self.speaks:
+                slots = voices.num_speech_slots(config) + CODES_PER_CALL
+                self._speech = init_speech(config, num_rows, slots, Sampler().arrays())
+                self._banned = voices.banned(config)
+
+    def session(
+        self,
+        *,
+        history=(),
+        speak: bool = True,
+        voice=None,
+        max_new_tokens: int | None = None,
+        sampler: Sampler = Sampler(),
+        speech_sampler: Sampler = SPEECH_SAMPLER,
+        seed: int = 0,
+    ) -> Session:
+        """A conversation.
+
+        Args:
+          history: earlier turns (`Reply.turn`), oldest first.
+          speak: also answer in speech.
+          voice: a clip to speak in the voice of, 1 s or longer: a file, or (samples, rate in Hz);
+            None is the model's own.
+          max_new_tokens: a reply is cut after as many; None is the engine's limit.
+          sampler: how text is drawn; greedy by default.
+          speech_sampler: how codes are drawn; by default among the two likeliest, as the release
+            does.
+          seed: of all draws; with the same, a request gets the same reply whatever else is asked.
+
+        Raises:
+          FileNotFoundError, ValueError: a history that cannot be used.
+          ValueError: `speak` for a model without a voice, `voice` without `speak`, or
+            `max_new_tokens` out of range.
+        """
+        if speak and not self.speaks:
+            raise ValueError(f"{self.config.name} has no speech decoder or codec: pass speak=False")
+        if voice is not None and not speak:
+            raise ValueError("voice: given with speak=False; leave one of them out")
+        limit = self._max_new_tokens
+        max_new_tokens = limit if max_new_tokens is None else max_new_tokens
+        if not 1 <= max_new_tokens <= limit:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: expected 1 to {limit}")
+        global_tokens = None if voice is None else self._hear_voice(voice)
+        session = Session(
+            self, history, speak, global_tokens, max_new_tokens, sampler, speech_sampler, seed
+        )
+        self._sessions.append(weakref.ref(session))
+        return session
+
+    def stream(self, text: str | None = None, images=(), audio=None, video=None, **options):
+        """One turn, as it comes: TextDelta for each token, AudioChunk once a piece is spoken, Done
+        at the end.
+
+        Args:
+          text: written question.
+          images: picture files, PIL images or arrays.
+          audio: spoken question: a file, or (samples, rate in Hz).
+          video: video file or list of frames.
+          **options: of `session`.
+
+        Raises:
+          FileNotFoundError, ValueError: input that cannot be used (see `Processor.prompt`), or as
+            `session`.
+        """
+        return self.answer(self.session(**options), text, images, audio, video)
+
+    def answer(self, session: Session, text: str | None = None, images=(), audio=None, video=None):
+        """The next turn of a conversation, as it comes. Arguments, events and errors as for
+        `stream`; of what was read of the conversation before, nothing is read again. A turn that
+        is refused leaves the conversation as it was.
+        """
+        self._push(session, Turn(text, images, audio, video))
+        return self._events(session)
 
     def chat(self, text=None, images=(), audio=None, video=None, **options) -> Reply:
         """One turn, whole. Arguments as for `stream`."""
@@ -128,117 +220,382 @@ class Engine:
             if isinstance(event, Done):
                 return event.reply
 
-    def stream(
-        self,
-        text: str | None = None,
-        images=(),
-        audio=None,
-        video=None,
-        *,
-        history=(),
-        speak: bool = True,
-        voice=None,
-        max_new_tokens: int = 512,
-        sampler: Sampler = Sampler(),
-        speech_sampler: Sampler = SPEECH_SAMPLER,
-        seed: int = 0,
-    ):
-        """One turn, as it comes: TextDelta for each token, AudioChunk once a segment is spoken,
-        Done at the end.
+    def write(self, turns, max_new_tokens: int = 64) -> list[tuple[str | None, str]]:
+        """Replies to several turns, each in a conversation of its own, unspoken: the likeliest
+        token after the other.
 
         Args:
-          text: written question.
-          images: picture files, PIL images or arrays.
-          audio: spoken question: a file, or (samples, rate in Hz).
-          video: video file or list of frames.
-          history: earlier turns (`Reply.turn`), oldest first.
-          speak: also answer in speech.
-          voice: a clip to speak in the voice of, 1 s or longer: a file, or (samples, rate in Hz);
-            None is the model's own.
-          max_new_tokens: the reply is cut after as many.
-          sampler: how text is drawn; greedy by default.
-          speech_sampler: how codes are drawn; by default among the two likeliest, as the release
-            does.
-          seed: of all draws.
+          turns: `Turn`s, one or more.
+          max_new_tokens: a reply is cut after as many.
+
+        Returns:
+          (state, text) of each reply, as in `Reply`.
 
         Raises:
           FileNotFoundError, ValueError: input that cannot be used (see `Processor.prompt`).
-          ValueError: `speak` for a model without a voice, `voice` without `speak`.
         """
-        if speak and (self.config.speech is None or self.config.codec is None):
-            raise ValueError(f"{self.config.name} has no speech decoder or codec: pass speak=False")
-        if voice is not None and not speak:
-            raise ValueError("voice: given with speak=False; leave one of them out")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-        history = tuple(history)
-        begin = time.perf_counter()
-        example = self.processor.prompt(text, images, audio, video, history)
-        speaker = None
-        if speak:
-            global_tokens = None if voice is None else self._hear_voice(voice)
-            speaker = Voice(
-                self.config, self.params, self.tokenizer, speech_sampler, seed, global_tokens
-            )
-        turn = Turn(text, images, audio, video)
-        return self._run(example, turn, begin, speaker, max_new_tokens, sampler, seed)
+        sessions = [self.session(speak=False, max_new_tokens=max_new_tokens) for _ in turns]
+        for session, turn in zip(sessions, turns):
+            self._push(session, turn)
+        replies = [list(self._events(session))[-1].reply for session in sessions]
+        return [(reply.state, reply.text) for reply in replies]
 
-    def _run(self, example, turn, begin, voice, max_new_tokens, sampler, seed):
-        times = {}
+    def _push(self, session, turn):
+        """A whole turn."""
+        try:
+            if turn.text:
+                session.push_text(turn.text)
+            for image in turn.images:
+                session.push_image(image)
+            video = turn.video
+            if isinstance(video, (str, Path)):
+                video = read_video(video, self.processor.video_rate)
+            for frame in video or ():
+                session.push_frame(frame)
+            if turn.audio is not None:
+                session.push_audio(read_audio(turn.audio))
+            session.end_of_speech()
+        except (ValueError, OSError):
+            session.drop()
+            raise
 
-        def now(name=None):
-            seconds = time.perf_counter() - begin
-            if name is not None:
-                times.setdefault(name, seconds)
-            return seconds
+    def _events(self, session):
+        """The events of a turn up to Done."""
+        try:
+            while True:
+                while session.events:
+                    event = session.events.popleft()
+                    yield event
+                    if isinstance(event, Done):
+                        return
+                self.step()
+        finally:
+            session.cancel()  # who stops listening must not keep a row
 
-        decoder, segmenter = StreamDecoder(self.tokenizer), Segmenter()
-        texts, sounds, state = [], [], None
+    def step(self) -> bool:
+        """Does the next bit of work for all sessions; False if there was nothing to do.
 
-        def sound():
-            with self._on_mesh():
-                samples = voice.advance()
-            if not samples.size:
-                return []
-            sounds.append(samples)
-            return [AudioChunk(samples, self.config.codec.sample_rate_hz, now("first sound"))]
+        Work is dispatched ahead of the device; results are taken as they come, and waited for only
+        if nothing else is to be done.
+        """
+        self._steps += 1
+        with self._on_mesh():
+            self._free_cancelled()
+            did = self._listen()
+            dry = any(reply.hungry(HUNGRY_S) for reply in self._replies())
+            self._skipped = self._skipped + 1 if dry and self._skipped < MAX_SKIPPED else 0
+            if not self._skipped:
+                did |= self._write()
+            if self.speaks:
+                did |= self._speak()
+                did |= self._sound()
+            while self._results and (not did or self._results[0][0].is_ready()):
+                array, use = self._results.popleft()
+                use(np.asarray(array))
+                did = True
+        for row in self._rows:
+            reply = row.session and row.session.reply
+            if reply and reply.text_done and not (reply.speaker and reply.speaker.busy):
+                self._finish(row)
+        return did
 
-        for i, token in enumerate(self._tokens(example, max_new_tokens, sampler, seed, now)):
-            now("first token")
-            if i == 0 and token in self._states:
-                state = self._states[token]
-                continue
-            delta = decoder.push(token)
-            if delta:
-                texts.append(delta)
-                yield TextDelta(delta, now())
-            if voice:
-                for segment in segmenter.push(delta):
-                    voice.say(segment)
-                yield from sound()
-        rest = decoder.flush()
-        if rest:
-            texts.append(rest)
-            yield TextDelta(rest, now())
-        now("text done")
-        if voice:
-            for segment in segmenter.push(rest) + segmenter.flush():
-                voice.say(segment)
-            while voice.busy:
-                yield from sound()
-        now("done")
-        text = "".join(texts)
-        yield Done(
-            Reply(
-                text=text,
-                state=state,
-                audio=np.concatenate([np.zeros(0, np.float32), *sounds]) if voice else None,
-                sample_rate_hz=self.config.codec.sample_rate_hz if voice else None,
-                turn=dataclasses.replace(turn, reply=STATES.get(state, "") + text),
-                seen=self._seen(example),
-                times_s=times,
-            )
+    def _replies(self):
+        return [row.session.reply for row in self._rows if row.session and row.session.reply]
+
+    def _free_cancelled(self):
+        for ref in list(self._sessions):
+            session = ref()
+            if session is None:
+                self._sessions.remove(ref)
+            elif session.reply is not None and session.reply.cancelled:
+                if session.row is None:
+                    session.finish(session.reply.finished())
+                else:
+                    self._finish(self._rows[session.row])
+
+    def _finish(self, row):
+        """Gives the row back, and the reply to the session."""
+        session = row.session
+        written = session.reply.tokens[:-1]  # the last one was never read
+        row.keys = np.concatenate([row.keys, np.array(written, np.int64)])
+        row.session, row.last_used, session.row = None, self._steps, None
+        session.finish(session.reply.finished())
+
+    def _listen(self) -> bool:
+        """Encodes or reads one thing for the session that needs it most."""
+        sessions = [session for ref in self._sessions if (session := ref())]
+        waiting = [s for s in sessions if s.active and not (s.reply and s.reply.begun)]
+        waiting.sort(key=lambda s: s.reply.start_s if s.reply else float("inf"))
+        return any(self._hear(session) or self._read(session) for session in waiting)
+
+    def _hear(self, session) -> bool:
+        """Encodes the next piece of sound, of a model that takes it in pieces."""
+        clip, config = session.clip, self.config
+        if clip is None or config.audio.chunk_size <= 0 or clip.stream is None:
+            return False
+        banks, final = session.banks(), session.reply is not None
+        stream, c = clip.stream, config.audio
+        if stream.state is None:
+            size = c.num_embeddings(c.max_frames) + 1
+            stream.state = init_audio_state(c, 1, c.max_positions)
+            clip.rows = jnp.zeros((size, config.llm.embed_dim), config.llm.dtype)
+            if c.num_prompts:
+                clip.grow(audio_prompts(config, self.params))
+        kept = stream.state.frames.shape[1]
+        number = stream_frames(c, kept)
+        left = len(banks) - stream.used
+        if left < number and not final:
+            return False
+        last = final and left < number
+        if last:  # of what does not fill a chunk, the frames that fill encoder frames
+            number = max(4 * max(c.encoder_frames(kept + left), 0) + 3 - kept, 0)
+            number = min(number, left)
+        piece = banks[stream.used : stream.used + number]
+        rows, stream.state = encode_piece(config, last, self.params, piece, stream.state)
+        stream.used += number
+        clip.grow(rows)
+        if last:
+            clip.stream = None
+        session.heard_more()
+        return True
+
+    def _read(self, session) -> bool:
+        """Reads the next span of what a session's model should know; begins the reply if that is
+        all. False if there is nothing to read, or no row.
+        """
+        prompt = session.prompt()
+        if session.row is None:
+            if not self._claim(session, prompt):
+                return False
+        row, reply = self._rows[session.row], session.reply
+        common = _common(row.keys, prompt.keys)
+        if reply:  # the last embedding is read in any case: the reply comes from it
+            common = min(common, len(prompt.keys) - 1)
+        number = min(len(prompt.keys) - common, SPANS[-1])
+        if number <= 0:
+            return False
+        size = next(size for size in SPANS if size >= number)
+        tokens = np.zeros(size, np.int32)
+        tokens[:number] = prompt.tokens[common : common + number]
+        embeddings = embed_text(self.config, self.params, tokens)
+        for at, media in prompt.placed:
+            first, last = max(at, common), min(at + media.size, common + number)
+            if first < last:
+                embeddings = splice(
+                    embeddings, self._embeddings(media), first - at, first - common, last - first
+                )
+        self._text, hidden = read(
+            self.config,
+            self._num_seen(common + size),
+            self.params,
+            self._text,
+            session.row,
+            embeddings,
+            common,
+            number,
         )
+        row.keys = prompt.keys[: common + number]
+        if reply and len(row.keys) == len(prompt.keys):
+            self._begin(session, prompt, hidden)
+        return True
+
+    def _claim(self, session, prompt) -> bool:
+        """Gives the session the free row that holds most of its prompt, else the one longest
+        unused.
+        """
+        free = [row for row in self._rows if row.session is None]
+        if not free:
+            return False
+        best = max(free, key=lambda row: (_common(row.keys, prompt.keys), -row.last_used))
+        best.session, session.row = session, self._rows.index(best)
+        return True
+
+    def _embeddings(self, media: Media):
+        """dtype[S, D] of a tile or a clip, encoded once."""
+        if media.rows is None:
+            if media.source.ndim == 3:
+                media.rows = encode_tile(self.config, self.params, media.source)
+            else:
+                frames = np.zeros(
+                    (bucket(len(media.source), 32), media.source.shape[1]), np.float32
+                )
+                frames[: len(media.source)] = media.source
+                args = self.config, self.params, frames, np.int32(len(media.source))
+                media.rows = encode_clip(*args)
+        return media.rows
+
+    def _begin(self, session, prompt, hidden):
+        """The first token of the reply."""
+        tokens = np.full(self._num_slots, -1, np.int32)
+        tokens[: len(prompt.tokens)] = prompt.tokens
+        left = min(session.max_new_tokens, self._num_slots - len(prompt.tokens))
+        reply = session.reply
+        reply.begun, reply.left = True, left
+        self._text, token = begin_text(
+            self.config,
+            self.params,
+            self._text,
+            session.row,
+            hidden,
+            tokens,
+            jax.random.key(session.seed),
+            left,
+            session.sampler.arrays(),
+            self._stops,
+        )
+        row = self._rows[session.row]
+
+        def use(token):
+            reply.note("prompt read")
+            if row.session is session and session.reply is reply:
+                reply.push_token(int(token), left == 1)
+
+        self._later(token, use, None)
+
+    def _write(self) -> bool:
+        """The next few tokens of all replies."""
+        owners = self._owners(lambda reply: reply.begun and not reply.text_done)
+        if not owners or self._ahead["text"] >= CALLS_AHEAD:
+            return False
+        ahead = (self._ahead["text"] + 1) * TOKENS_PER_CALL
+        longest = max(len(self._rows[i].keys) + len(reply.tokens) for i, _, reply in owners)
+        self._text, tokens = next_text(
+            self.config,
+            self._num_seen(longest + ahead + 1),
+            TOKENS_PER_CALL,
+            self.params,
+            self._text,
+            self._running(owners),
+            self._stops,
+        )
+
+        def use(tokens):
+            for row, _, reply in self._still(owners):
+                for token in tokens[:, row]:
+                    if token >= 0 and not reply.text_done:
+                        reply.push_token(int(token), len(reply.tokens) + 1 == reply.left)
+
+        self._later(tokens, use, "text")
+        return True
+
+    def _speak(self) -> bool:
+        """The next few codes of all replies that have something to say."""
+        owners = self._owners(lambda reply: reply.speaker)
+        did = False
+        for i, session, reply in owners:
+            speaker = reply.speaker
+            if not speaker.speaking and speaker.segments:
+                self._begin_speech(i, session, speaker)
+                did = True
+        owners = [owner for owner in owners if owner[2].speaker.speaking]
+        if not owners or self._ahead["speech"] >= CALLS_AHEAD:
+            return did
+        longest = max(reply.speaker.num_slots for _, _, reply in owners) + CODES_PER_CALL
+        self._speech, codes = next_speech(
+            self.config,
+            min(_power_of_two(longest), self._speech.cache.k.shape[2]),
+            CODES_PER_CALL,
+            self.params,
+            self._banned,
+            self._speech,
+            self._running(owners),
+        )
+        numbers = {}
+        for i, _, reply in owners:
+            reply.speaker.num_slots += CODES_PER_CALL
+            numbers[i] = reply.speaker.number
+
+        def use(codes):
+            for row, _, reply in self._still(owners):
+                if reply.speaker.number == numbers[row]:
+                    reply.note("first codes")
+                    reply.speaker.push(codes[:, row])
+
+        self._later(codes, use, "speech")
+        return True
+
+    def _begin_speech(self, row, session, speaker):
+        tokens, length, key = speaker.next_segment()
+        self._speech = begin_speech(
+            self.config,
+            self.params,
+            self._speech,
+            row,
+            tokens,
+            length,
+            key,
+            np.int32(voices.MAX_CODES),
+            session.speech_sampler.arrays(),
+        )
+
+    def _sound(self) -> bool:
+        """Decodes a window of each reply that has one; short windows apart from long ones."""
+        did = False
+        for least, size in ((0, FIRST_CHUNK + PADDING), (FIRST_CHUNK + PADDING, MOST_CODES)):
+            owners = self._owners(functools.partial(_has_window, least, size))
+            if not owners:
+                continue
+            number = 1 << (len(owners) - 1).bit_length()
+            codes = np.zeros((number, size), np.int32)
+            lengths = np.ones(number, np.int32)
+            timbre = np.zeros((number, self.config.codec.num_global_tokens), np.int32)
+            windows = []
+            for i, (_, _, reply) in enumerate(owners):
+                window = reply.speaker.windows.popleft()
+                reply.speaker.decoding += 1
+                windows.append(window)
+                lengths[i] = len(window.codes)
+                codes[i, : lengths[i]] = window.codes
+                timbre[i] = reply.speaker.voice
+            waveforms = decode_codes(self.config, self.params, codes, lengths, timbre)
+            self._later(waveforms, self._handed_out(owners, windows), None)
+            did = True
+        return did
+
+    def _handed_out(self, owners, windows):
+        """What is done with waveforms: each goes to its reply, without its padding."""
+        rate = self.config.codec.samples_per_token
+
+        def use(waveforms):
+            for (_, session, reply), window, waveform in zip(owners, windows, waveforms):
+                if session.reply is reply:
+                    reply.speaker.decoding -= 1
+                    reply.push_sound(waveform[window.first * rate : window.last * rate])
+
+        return use
+
+    def _num_seen(self, length) -> int:
+        """How many slots of a row are looked at where `length` may be in use."""
+        return min(_power_of_two(length), self._num_slots)
+
+    def _owners(self, wanted):
+        """(row, session, reply) of the replies in rows that are `wanted`."""
+        return [
+            (i, row.session, row.session.reply)
+            for i, row in enumerate(self._rows)
+            if row.session and row.session.reply and wanted(row.session.reply)
+        ]
+
+    def _still(self, owners):
+        """Those whose reply has not been given up since."""
+        return [owner for owner in owners if owner[1].reply is owner[2]]
+
+    def _running(self, owners):
+        """bool[B] True in the rows of `owners`."""
+        running = np.zeros(len(self._rows), bool)
+        running[[row for row, _, _ in owners]] = True
+        return running
+
+    def _later(self, array, use, kind):
+        """Has `use` called with the array once it is there; `kind` counts what is ahead."""
+        array.copy_to_host_async()
+        self._ahead[kind] += 1
+
+        def counted(array):
+            self._ahead[kind] -= 1
+            use(array)
+
+        self._results.append((array, counted))
 
     def _hear_voice(self, clip):
         """int32[G] global tokens of a clip: of its whole seconds, ten at most."""
@@ -253,87 +610,6 @@ class Engine:
         with self._on_mesh():
             return np.asarray(hear_voice(self.config, self.params, waveform[: seconds * rate_hz]))
 
-    def _tokens(self, example, max_new_tokens, sampler, seed, now):
-        """The ids of the reply one by one, up to a stop token, which is not given out."""
-        batch, length = collate([example]), len(example.tokens)
-        max_new_tokens = min(max_new_tokens, self.config.llm.max_positions - length)
-        num_slots = bucket(batch.tokens.shape[1] + max_new_tokens, 128)
-        sampling = sampler.arrays()
-        with self._on_mesh():
-            embeddings = embed_prompt(self.config, self.params, batch)
-            state = start_text(
-                self.config,
-                num_slots,
-                self.params,
-                embeddings,
-                batch.tokens,
-                np.array([length], np.int32),
-                jax.random.key(seed),
-                sampling,
-            )
-        for i in range(max_new_tokens):
-            token = int(state.token[0])
-            now("prompt read")
-            if token in self._stop_ids:
-                return
-            yield token
-            if i + 1 < max_new_tokens:
-                with self._on_mesh():
-                    state = next_text(self.config, self.params, state, sampling)
-
-    def write(self, turns, max_new_tokens: int = 64) -> list[tuple[str | None, str]]:
-        """Replies to several turns at once: each the likeliest token after the other, unspoken.
-
-        Args:
-          turns: `Turn`s without a history, one or more. Few lengths make few compilations.
-          max_new_tokens: a reply is cut after as many.
-
-        Returns:
-          (state, text) of each reply, as in `Reply`.
-
-        Raises:
-          FileNotFoundError, ValueError: input that cannot be used (see `Processor.prompt`).
-        """
-        examples = [self.processor.prompt(t.text, t.images, t.audio, t.video) for t in turns]
-        batch = collate(examples)
-        lengths = np.array([len(example.tokens) for example in examples], np.int32)
-        num_slots = bucket(batch.tokens.shape[1] + max_new_tokens, 128)
-        sampling, columns = Sampler().arrays(), []
-        with self._on_mesh():
-            given = embed_prompt(self.config, self.params, batch), batch.tokens, lengths
-            key = jax.random.key(0)
-            state = start_text(self.config, num_slots, self.params, *given, key, sampling)
-            over = np.zeros(len(turns), bool)
-            for i in range(max_new_tokens):
-                columns.append(np.asarray(state.token))
-                over |= np.isin(columns[-1], list(self._stop_ids))
-                if over.all() or i + 1 == max_new_tokens:
-                    break
-                state = next_text(self.config, self.params, state, sampling)
-        return [self._read(row) for row in np.stack(columns, axis=1).tolist()]
-
-    def _read(self, ids):
-        """(state, text) of a reply's ids, what stands behind a stop token left out."""
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), len(ids))
-        state = self._states.get(ids[0])
-        decoder = StreamDecoder(self.tokenizer)
-        text = "".join(decoder.push(token) for token in ids[state is not None : end])
-        return state, text + decoder.flush()
-
-    def _seen(self, example) -> Seen:
-        num_tiles = 0 if example.tiles is None else len(example.tiles)
-        tile_embeddings = num_tiles * self.config.vision.embeddings_per_tile
-        audio_embeddings = sum(
-            self.config.audio.num_embeddings(len(clip)) for clip in example.audio
-        )
-        return Seen(
-            num_tiles=num_tiles,
-            num_audio_frames=sum(len(clip) for clip in example.audio),
-            num_tile_embeddings=tile_embeddings,
-            num_audio_embeddings=audio_embeddings,
-            num_text_tokens=len(example.tokens) - tile_embeddings - audio_embeddings,
-        )
-
     @contextlib.contextmanager
     def _on_mesh(self):
         if self.mesh is None:
@@ -343,12 +619,32 @@ class Engine:
                 yield
 
 
+def _has_window(least, most, reply) -> bool:
+    """Whether the next window of a reply has more codes than `least` and at most `most`."""
+    windows = reply.speaker and reply.speaker.windows
+    return bool(windows) and least < len(windows[0].codes) <= most
+
+
+def _power_of_two(length: int) -> int:
+    """The least power of two, 256 or more, that is not less: few sizes make few compilations."""
+    return max(256, 1 << (length - 1).bit_length())
+
+
+def _common(a, b) -> int:
+    """How many keys two conversations begin with alike."""
+    number = min(len(a), len(b))
+    differs = np.flatnonzero(a[:number] != b[:number])
+    return int(differs[0]) if len(differs) else number
+
+
 def load(
     path,
     mesh=None,
     dtype: str = "bfloat16",
     max_tokens: int | None = None,
     video_rate: float = 1.0,
+    num_rows: int = 1,
+    max_new_tokens: int = 512,
 ) -> Engine:
     """The engine of a checkpoint folder.
 
@@ -358,10 +654,13 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; norms, softmax, logits and the codec stay float32.
       max_tokens: longest prompt, up to the LLM's positions; None is the checkpoint's.
       video_rate: frames of a video to look at in a second (4 to 16 in all).
+      num_rows: replies that can be given at a time.
+      max_new_tokens: longest reply.
 
     Raises:
       FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one.
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
     config, params = checkpoint.load(path, mesh, dtype)
-    return Engine(config, params, Tokenizer.load(path), mesh, max_tokens, video_rate)
+    sizes = max_tokens, video_rate, num_rows, max_new_tokens
+    return Engine(config, params, Tokenizer.load(path), mesh, *sizes)

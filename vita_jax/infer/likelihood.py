@@ -17,9 +17,9 @@ import numpy as np
 from vita_jax.data.collate import bucket, collate
 from vita_jax.data.processor import Turn
 from vita_jax.data.prompts import END, STATES
-from vita_jax.infer.decode import embed_prompt, start_text
+from vita_jax.infer.decode import embed_prompt
 from vita_jax.infer.engine import Engine
-from vita_jax.infer.sampling import Sampler
+from vita_jax.models.llm import init_llm_cache
 from vita_jax.models.vita import Vita
 
 NODES = 256  # of a tree, unless one reply has more; trees are rows of a batch
@@ -73,17 +73,8 @@ class Candidates:
         batch, length = collate([example]), np.array([len(example.tokens)], np.int32)
         num_slots = bucket(batch.tokens.shape[1], 128) + self._width
         embeddings = embed_prompt(engine.config, engine.params, batch)
-        prompt = start_text(
-            engine.config,
-            num_slots,
-            engine.params,
-            embeddings,
-            batch.tokens,
-            length,
-            jax.random.key(0),
-            Sampler().arrays(),
-        )
-        scores = _walk(engine.config, engine.params, prompt.cache, *self._trees, self._end_id)
+        cache = _read(engine.config, num_slots, engine.params, embeddings, length)
+        scores = _walk(engine.config, engine.params, cache, *self._trees, self._end_id)
         out = np.empty(len(self._order), np.float32)
         out[self._order] = np.asarray(scores)
         return out
@@ -103,6 +94,16 @@ class _Tree:
         for i in range(len(sequence)):
             self.nodes.setdefault(sequence[: i + 1], len(self.nodes))
         self.ends.append(self.nodes[sequence])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(config, num_slots, params, embeddings, length):
+    """A cache of one row with a prompt in it: dtype[1, T, D], int32[1] `length` of them real."""
+    cache = init_llm_cache(config.llm, 1, num_slots)
+    t = embeddings.shape[1]
+    args = embeddings, jnp.arange(t)[None], cache.causal_mask(t), cache
+    _, cache = Vita(config).apply({"params": params}, *args, method=lambda m, *a: m.llm(*a))
+    return cache.replace(length=length)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,38 +8,39 @@ from __future__ import annotations
 import collections
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vita_jax.config import VitaConfig
 from vita_jax.data.collate import bucket
 from vita_jax.data.prompts import END, PAD, START, STATES
 from vita_jax.data.tokenizer import Tokenizer
-from vita_jax.infer.chunks import ChunkedSynthesis
-from vita_jax.infer.decode import decode_codes, next_speech, start_speech
+from vita_jax.infer.chunks import Window, Windows
+from vita_jax.infer.decode import begin_speech, decode_codes, init_speech, next_speech
 from vita_jax.infer.sampling import Sampler
 
-CHUNK_CODES, PADDING_CODES = 40, 10  # codes synthesised at a time, and heard again on either side
-CODES_PER_CALL = 10  # drawn in one dispatch
 MAX_CODES = 1000  # of one segment: 25 s
 MIN_SEGMENT_CHARS = 5
+MAX_SEGMENT_TOKENS = 32  # then a segment ends even without punctuation
 SEGMENT_ENDS = ",，.。?？!！、\n"
 SPEECH_SAMPLER = Sampler(temperature=1.0, top_k=2)  # the release's
 
 
 class Segmenter:
     """Cuts streamed text where a segment may be spoken: after punctuation, at least five
-    characters.
+    characters; or where it gets too long, before a word.
     """
 
-    def __init__(self):
-        self._text = ""
+    def __init__(self, max_pushes: int = MAX_SEGMENT_TOKENS):
+        """A segment of more than `max_pushes` pushes is cut."""
+        self._text, self._pushes, self._max_pushes = "", 0, max_pushes
 
     def push(self, text: str) -> list[str]:
         """The segments that `text` completes. A point or comma between digits ends none."""
         segments = []
-        for char in text:
-            if self._ends_before(char):
+        self._pushes += 1
+        for i, char in enumerate(text):
+            too_long = self._pushes > self._max_pushes and i == 0
+            if self._ends_before(char) or too_long and (char == " " or ord(char) > 0x2E80):
                 segments += self.flush()
             self._text += char
         if self._ends_before(""):
@@ -48,7 +49,7 @@ class Segmenter:
 
     def flush(self) -> list[str]:
         """What is left, unless there is nothing to say in it."""
-        text, self._text = self._text.strip(), ""
+        text, self._text, self._pushes = self._text.strip(), "", 0
         return [text] if any(c.isalnum() for c in text) else []
 
     def _ends_before(self, char):
@@ -58,99 +59,67 @@ class Segmenter:
         return len(self._text) >= MIN_SEGMENT_CHARS and last in SEGMENT_ENDS and not in_number
 
 
-class Voice:
-    """Speaks the segments it is given, in order; `advance` does the next bit of work."""
+class Speaker:
+    """What of a reply waits to be spoken, is being spoken, and waits to be heard."""
 
-    def __init__(
-        self,
-        config: VitaConfig,
-        params,
-        tokenizer: Tokenizer,
-        sampler: Sampler,
-        seed: int,
-        global_tokens=None,
-    ):
-        """Starts silent; `sampler` draws the codes, `seed` makes the draws. int32[G]
-        `global_tokens` are the voice, None is the config's.
+    def __init__(self, config: VitaConfig, tokenizer: Tokenizer, seed: int, global_tokens=None):
+        """Starts silent. `seed` makes the draws; int32[G] `global_tokens` are the voice, None is
+        the config's.
         """
-        self._config, self._params, self._tokenizer = config, params, tokenizer
-        self._global_tokens = _voice(config, global_tokens)
-        self._sampling, self._num_recent = sampler.arrays(), max(sampler.penalty_window, 1)
-        if not sampler.penalty_window:
-            self._sampling["penalty"] = np.float32(1)
-        self._key = jax.random.key(seed)
-        self._banned = _banned(config.speech)
-        self._waiting: collections.deque[str] = collections.deque()
-        self._state = self._synthesis = None
-        self._num_codes = 0
-
-    def say(self, segment: str) -> None:
-        """Puts a segment of text behind those that wait."""
-        self._waiting.append(segment)
+        self.voice = voice_of(config, global_tokens)
+        self.segments: collections.deque[str] = collections.deque()
+        self.windows: collections.deque[Window] = collections.deque()
+        self.speaking = False  # a segment is in the row
+        self.decoding = 0  # windows on their way
+        self.num_slots = 0  # of the row, in use when all that was dispatched is done
+        self.number = 0  # of segments begun
+        self._config, self._tokenizer, self._seed = config, tokenizer, seed
+        self._cut, self._left = Windows(), 0
 
     @property
     def busy(self) -> bool:
-        """Whether `advance` has anything to do."""
-        return bool(self._waiting) or self._state is not None
+        """Whether there is more to hear."""
+        return bool(self.segments or self.speaking or self.windows or self.decoding)
 
-    def advance(self) -> np.ndarray:
-        """Draws the next few codes; float32[W] waveform that they complete, mostly empty."""
-        if self._state is None:
-            if not self._waiting:
-                return np.zeros(0, np.float32)
-            self._begin(self._waiting.popleft())
-        codes, self._state = next_speech(
-            self._config, CODES_PER_CALL, self._params, self._banned, self._state, self._sampling
-        )
-        pieces = []
-        for code in np.asarray(codes)[0]:
-            self._num_codes += 1
-            if code == self._config.speech.eos_id or self._num_codes > MAX_CODES:
-                pieces.append(self._synthesis.flush())
-                self._state = None
+    def next_segment(self):
+        """Tokens int32[T] of the next segment, padded, how many are real, the key of its draws."""
+        tokens, length = padded(self._tokenizer, self.segments.popleft())
+        key = jax.random.fold_in(jax.random.key(self._seed), self.number)
+        self.number += 1
+        self._cut, self._left, self.speaking = Windows(), MAX_CODES, True
+        self.num_slots = 2 + len(tokens) * self._config.speech_frames_per_token
+        return tokens, np.int32(length), key
+
+    def push(self, codes) -> None:
+        """Takes codes that were drawn, -1 where the segment had ended."""
+        for code in codes:
+            if not self.speaking or code < 0:
                 break
-            pieces.append(self._synthesis.push(int(code)))
-        return np.concatenate(pieces)
+            self._left -= 1
+            if code != self._config.speech.eos_id and (window := self._cut.push(int(code))):
+                self.windows.append(window)
+            if code == self._config.speech.eos_id or not self._left:
+                self._end()
 
-    def _begin(self, segment):
-        ids = self._tokenizer.encode(speakable(segment))
-        tokens = np.zeros((1, bucket(len(ids), 8)), np.int32)
-        tokens[0, : len(ids)] = ids
-        num_slots = (
-            2 + tokens.shape[1] * self._config.speech_frames_per_token + MAX_CODES + CODES_PER_CALL
-        )
-        self._key, key = jax.random.split(self._key)
-        self._state = start_speech(
-            self._config,
-            num_slots,
-            self._num_recent,
-            self._params,
-            tokens,
-            np.array([len(ids)], np.int32),
-            key,
-        )
-        self._num_codes = 0
-        self._synthesis = ChunkedSynthesis(
-            self._synthesize,
-            samples_per_token=self._config.codec.samples_per_token,
-            chunk_size=CHUNK_CODES,
-            padding=PADDING_CODES,
-        )
+    def _end(self):
+        self.speaking = False
+        if window := self._cut.flush():
+            self.windows.append(window)
 
-    def _synthesize(self, codes):
-        """float32[W] of a window of codes, padded to the largest one so that one program serves
-        all.
-        """
-        padded = np.zeros((1, CHUNK_CODES + 2 * PADDING_CODES), np.int32)
-        padded[0, : len(codes)] = codes
-        waveform = decode_codes(
-            self._config,
-            self._params,
-            padded,
-            np.array([len(codes)], np.int32),
-            self._global_tokens,
-        )
-        return np.asarray(waveform)[0, : len(codes) * self._config.codec.samples_per_token]
+
+def num_speech_slots(config: VitaConfig) -> int:
+    """Slots of a row in which any segment has room."""
+    return 2 + 2 * MAX_SEGMENT_TOKENS * config.speech_frames_per_token + MAX_CODES
+
+
+def padded(tokenizer: Tokenizer, segment: str):
+    """int32[T] tokens of a text to be spoken, padded to a bucket, and how many are real; of a text
+    far longer than a segment the rest is left out.
+    """
+    ids = tokenizer.encode(speakable(segment))[: 2 * MAX_SEGMENT_TOKENS]
+    tokens = np.zeros(bucket(len(ids), 8), np.int32)
+    tokens[: len(ids)] = ids
+    return tokens, len(ids)
 
 
 def speak(
@@ -175,41 +144,40 @@ def speak(
       seed: of the draws.
       global_tokens: int32[G] the voice; None is the config's.
     """
-    ids = [tokenizer.encode(speakable(text)) for text in texts]
-    lengths = np.array(list(map(len, ids)), np.int32)
-    tokens = np.zeros((len(ids), bucket(lengths.max(), 8)), np.int32)
-    for row, text in zip(tokens, ids):
-        row[: len(text)] = text
-    calls = -(-max_codes // CHUNK_CODES)
-    num_slots = 2 + tokens.shape[1] * config.speech_frames_per_token + calls * CHUNK_CODES
-    key, sampling = jax.random.key(seed), sampler.arrays()
-    state = start_speech(config, num_slots, 1, params, tokens, lengths, key)
-    codes = []
-    for _ in range(calls):
-        new, state = next_speech(
-            config, CHUNK_CODES, params, _banned(config.speech), state, sampling
+    segments, sampling = [padded(tokenizer, text) for text in texts], sampler.arrays()
+    longest = max(len(tokens) for tokens, _ in segments)
+    num_slots = 2 + longest * config.speech_frames_per_token + max_codes
+    state = init_speech(config, len(texts), num_slots, sampling)
+    keys = jax.random.split(jax.random.key(seed), len(texts))
+    for row, ((tokens, length), key) in enumerate(zip(segments, keys)):
+        tokens = np.pad(tokens, (0, longest - len(tokens)))
+        state = begin_speech(
+            config, params, state, row, tokens, length, key, np.int32(max_codes), sampling
         )
-        codes.append(np.asarray(new))
-        if np.asarray(state.done).all():
-            break
-    codes = np.concatenate(codes, axis=1)
-    over = codes == config.speech.eos_id
-    num_codes = np.where(over.any(axis=1), over.argmax(axis=1), codes.shape[1]).astype(np.int32)
-    waveforms = decode_codes(
-        config, params, np.where(over, 0, codes), num_codes, _voice(config, global_tokens)
-    )
+    codes, running = [], np.ones(len(texts), bool)
+    while len(codes) < max_codes and (np.asarray(state.left) > 0).any():
+        state, new = next_speech(config, num_slots, 40, params, banned(config), state, running)
+        codes.extend(np.asarray(new))
+    codes = np.stack(codes, axis=1)
+    real = (codes >= 0) & (codes != config.speech.eos_id)
+    num_codes = real.sum(axis=1).astype(np.int32)
+    voices = np.tile(voice_of(config, global_tokens), (len(texts), 1))
+    waveforms = decode_codes(config, params, np.where(real, codes, 0), num_codes, voices)
     samples = num_codes * config.codec.samples_per_token
     return [row[:size] for row, size in zip(np.asarray(waveforms), samples)]
 
 
-def _voice(config, global_tokens):
-    return np.asarray(config.codec.global_tokens if global_tokens is None else global_tokens)
+def voice_of(config: VitaConfig, global_tokens=None) -> np.ndarray:
+    """int32[G] the voice: as given, or the config's."""
+    return np.asarray(
+        config.codec.global_tokens if global_tokens is None else global_tokens, np.int32
+    )
 
 
-def _banned(config):
+def banned(config: VitaConfig) -> np.ndarray:
     """bool[V] ids that are no codes and do not end speech either."""
-    ids = jnp.array([config.bos_id, config.sos_id, config.pad_id])
-    return jnp.isin(jnp.arange(config.vocab_size), ids)
+    c = config.speech
+    return np.isin(np.arange(c.vocab_size), (c.bos_id, c.sos_id, c.pad_id))
 
 
 def speakable(text: str) -> str:

@@ -333,7 +333,7 @@ class AudioAttention(nn.Module):
         values = project("v", x) + shift("v_bias")
         if cache is not None:
             cache = cache.write(layer, keys, values)
-            keys, values = cache.read(layer)
+            keys, values = cache.read(layer, mask.shape[-1])
         positions = project("position", table)
         scores = jnp.einsum(
             "BTNH,BSNH->BNTS",

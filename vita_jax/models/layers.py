@@ -135,17 +135,18 @@ class Cache:
             v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
         )
 
-    def read(self, layer):
-        """Keys and values dtype[B, S, K, H] of `layer`."""
-        return (
-            jax.lax.dynamic_index_in_dim(self.k, layer, 0, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.v, layer, 0, keepdims=False),
-        )
+    def read(self, layer, num_seen: int):
+        """Keys and values dtype[B, S, K, H] of the first `num_seen` slots of `layer`."""
+        size = (1, self.k.shape[1], num_seen, *self.k.shape[3:])
+        k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0] for x in (self.k, self.v))
+        return k, v
 
-    def causal_mask(self, num_tokens: int):
-        """bool[B, 1, T, S]: the next `num_tokens` tokens see every slot up to their own."""
+    def causal_mask(self, num_tokens: int, num_seen: int | None = None):
+        """bool[B, 1, T, S]: the next `num_tokens` tokens see every slot up to their own, of the
+        first `num_seen` (None: all).
+        """
         query = self.length[:, None, None, None] + jnp.arange(num_tokens)[:, None]
-        return jnp.arange(self.k.shape[2]) <= query
+        return jnp.arange(num_seen or self.k.shape[2]) <= query
 
 
 def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cache:
@@ -198,7 +199,7 @@ class GatedAttention(nn.Module):
           x: dtype[B, T, D].
           positions: int32[B, T].
           mask: bool[B, 1, T, S], Segments or None.
-          cache: Cache of S slots, or None (then S = T).
+          cache: Cache of S slots or more, or None (then S = T).
           layer: int32[] index into the cache.
 
         Returns:
@@ -208,7 +209,7 @@ class GatedAttention(nn.Module):
         q, keys, values = project(self, x, positions)
         if cache is not None:
             cache = cache.write(layer, keys, values)
-            keys, values = cache.read(layer)
+            keys, values = cache.read(layer, mask.shape[-1])
         y = attention(q, keys.astype(x.dtype), values.astype(x.dtype), mask)
         shape = (c.num_heads, c.head_dim, c.embed_dim)
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), num_inputs=2)

@@ -99,16 +99,16 @@ class Speech(nn.Module):
         (_, cache), _ = self.ar((x, cache), jnp.arange(c.num_layers), positions, mask)
         return cache.replace(length=num_real)
 
-    def step(self, codes, cache: Cache):
+    def step(self, codes, cache: Cache, num_seen: int | None = None):
         """float32[B, V] logits of what follows int32[B] codes (first `sos_id`), and the cache one
-        longer.
+        longer. Only the first `num_seen` slots are looked at (None: all).
         """
         c = self.config
         (x, cache), _ = self.ar(
             (self.embed(codes[:, None]), cache),
             jnp.arange(c.num_layers),
             cache.length[:, None],
-            cache.causal_mask(1),
+            cache.causal_mask(1, num_seen),
         )
         return self.logits(x)[:, 0], cache.replace(length=cache.length + 1)
 

@@ -137,7 +137,7 @@ STAGES = {
             spoken_share=0.6,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=600,
+        num_steps=900,
     ),
     "3_1": spoken({"#train": 1.0}, learning_rate=1e-3, num_steps=8000, max_tokens=20, rows=8),
     "3_1b": spoken(  # on, in pieces of a second: less of each is an edge

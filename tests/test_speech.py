@@ -14,7 +14,7 @@ from parity import assert_close, packed, random_params, recorded_params, run, sh
 from vita_jax import tables
 from vita_jax.batch import TEXT_TOKEN
 from vita_jax.config import SpeechConfig, vita_tiny
-from vita_jax.infer.sampling import penalize
+from vita_jax.infer.sampling import MAX_WINDOW, penalize
 from vita_jax.losses import next_token_loss, next_token_targets
 from vita_jax.models.speech import Speech, init_speech_cache
 
@@ -101,9 +101,9 @@ def test_greedy_tokens_of_every_run(recording):
                 Speech(config), params, jnp.array(tokens[-1:]), cache, method="step"
             )
             before.append(logits)
-            recent = tokens[-look_back:] if look_back > 0 else []
-            recent = jnp.array([[-1] * (meta["steps"] - len(recent)) + recent])
-            after.append(penalize(logits, recent, case["penalty"]))
+            recent = jnp.array([([-1] * MAX_WINDOW + tokens)[-MAX_WINDOW:]])
+            window = jnp.array([max(look_back, 0)])
+            after.append(penalize(logits, recent, jnp.array([case["penalty"]]), window))
             chosen = int(after[-1][0].argmax())
             if chosen == config.eos_id:
                 break

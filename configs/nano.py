@@ -132,12 +132,12 @@ STAGES = {
         file="stage2_2_audio_sft",
         init_from=(f"{RUNS}/s2_1b/model",),
         data=heard(
-            {"#qa": 0.4, "#names": 0.15, "asr": 0.35, "noise": 0.1},
+            {"#qa": 0.35, "#names": 0.15, "easy_vqa": 0.1, "asr": 0.3, "noise": 0.1},
             max_tiles=4,
             spoken_share=0.6,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=900,
+        num_steps=1800,
     ),
     "3_1": spoken({"#train": 1.0}, learning_rate=1e-3, num_steps=8000, max_tokens=20, rows=8),
     "3_1b": spoken(  # on, in pieces of a second: less of each is an edge

@@ -165,7 +165,8 @@ def sound(folder, samples):
     return data
 
 
-def test_bad_words(checkpoint, files, capsys):
+def test_bad_words(checkpoint, files, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "SHIPPED", tmp_path / "none")
     over = refused(capsys, "chat", checkpoint, "--text", "x" * 6200)
     more = refused(capsys, "chat", checkpoint, "--text", "x" * 6212)
     count = [int(line.split(" over the limit of 6200")[0].split()[-1]) for line in (over, more)]

@@ -253,7 +253,12 @@ class Engine:
             for frame in video or ():
                 session.push_frame(frame)
             if turn.audio is not None:
-                session.push_audio(read_audio(turn.audio))
+                samples = read_audio(turn.audio)
+                try:
+                    session.push_audio(samples)
+                except ValueError as e:
+                    name = turn.audio if isinstance(turn.audio, (str, Path)) else "sound"
+                    raise ValueError(f"{name}: {e}") from e
             session.end_of_speech()
         except (ValueError, OSError):
             session.drop()

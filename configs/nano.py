@@ -23,14 +23,14 @@ def sources(shares):
     return {DATA + name if name[0] == "#" else f"{DATA}/{name}": x for name, x in shares.items()}
 
 
-def seen(mixture, held_out="names-held_out"):
+def seen(mixture, held_out="names-held_out", rows=16, max_tokens=144, max_tiles=4):
     """Data of a stage that sees. Many short rows: little attention is spent on what is masked."""
     return DataConfig(
         mixture=sources(mixture),
         held_out=(f"{DATA}#{held_out}",),
-        batch_size=16,
-        max_tokens=144,
-        max_tiles=4,
+        batch_size=rows,
+        max_tokens=max_tokens,
+        max_tiles=max_tiles,
         num_shards=4,
     )
 
@@ -80,6 +80,7 @@ def spoken(mixture, learning_rate, num_steps, max_tokens=40, rows=5, init_from=(
     )
 
 
+EYES_AND_WORDS = (r"vision/.*", r"llm/(?!embedding).*")
 NUM_UNITS = 1280  # at most, of the CTC head: Chinese characters, and English by the letter
 STAGES = {
     "0": dict(
@@ -162,6 +163,78 @@ STAGES = {
         optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, **LATER),
         num_steps=1000,
     ),
+    # The second round goes on from the first one's model. Word embeddings stay as they are, so that
+    # the voice, which reads these, can be trained beside the rest.
+    "again_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/s3_2/model",),
+        trainable=EYES_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.6, "#names": 0.15, "#qa": 0.2, "easy_vqa": 0.05},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=600,
+    ),
+    "again_2_1a": dict(
+        file="stage2_1a_speech_encoder",
+        init_from=(f"{RUNS}/s3_2/model",),
+        data=dataclasses.replace(
+            heard({"asr": 1.0}, batch_size=8, units=f"{DATA}/units.json"),
+            max_audio_frames=200,
+            max_reject_share=0.5,  # those with all their silence are longer
+        ),
+        optim=OptimConfig(learning_rate=2e-3, muon_rate=6e-3, clip_norm=5.0, **LATER),
+        num_steps=1200,
+    ),
+    "again_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/again_1_2/model", rf"audio/encoder/.*={RUNS}/again_2_1a/model"),
+        data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=200, max_reject_share=0.5),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=120,
+    ),
+    "again_2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/again_2_1b/model",),
+        trainable=(*EYES_AND_WORDS, r"audio/.*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.37, "#names": 0.2, "easy_vqa": 0.08, "asr": 0.25, "noise": 0.1},
+                max_tiles=6,
+                spoken_share=0.8,
+            ),
+            max_tokens=320,
+            max_audio_frames=240,
+            max_reject_share=0.3,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=420,
+    ),
+    "again_3_1": spoken(
+        {"#train": 0.25, "#train:af_heart,zf_xiaoxiao": 0.75},
+        learning_rate=5e-4,
+        num_steps=2000,
+        init_from=(f"{RUNS}/s3_2/model",),
+    ),
+    "again_3_2": dict(
+        file="stage3_2_speech_decoder",
+        init_from=(
+            f"{RUNS}/again_2_2/model",
+            rf"speech/.*={RUNS}/s3_2/model",
+            rf"codec/.*={RUNS}/again_3_1/model",
+        ),
+        data=DataConfig(
+            mixture={f"{DATA}/codec_tokens_again": 1.0},
+            batch_size=8,
+            max_tokens=384,
+            num_shards=8,
+        ),
+        optim=OptimConfig(learning_rate=1.5e-3, muon_rate=4e-3, **LATER),
+        num_steps=900,
+    ),
 }
 
 
@@ -171,8 +244,9 @@ def get_config(stage):
     file = Path(__file__).with_name(changes.pop("file") + ".py")
     config = runpy.run_path(str(file))["get_config"]()
     model = vita_nano()
-    units = NUM_UNITS * (stage == "2_1a")
-    prompts = PROMPTS * (stage >= "2_1b")
+    units = NUM_UNITS * stage.endswith("2_1a")
+    first = list(STAGES).index("2_1b")  # of the stages with trained prompts
+    prompts = PROMPTS * (list(STAGES).index(stage) >= first)
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
     return dataclasses.replace(
         config,

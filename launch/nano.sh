@@ -12,15 +12,29 @@ data=build/nano/data runs=build/nano/runs
 
 [ -e $data/manifest.json ] || .venv/bin/vita data build $data ${1:+--bank "$1"}
 [ -e $data/units.json ] || .venv/bin/vita data units $data/asr $data/units.json --size 1280
-for stage in 0 1_1 1_2 1_2b 1_2c 1_2d 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_1c 3_2; do
-    if [ $stage = 3_2 ]; then # the two voices that answer; texts that they were never heard to say
-        .venv/bin/vita data codec-tokens $runs/s3_1c/model $data/speech#train:af_heart,zf_xiaoxiao $data/codec_tokens_train
-        .venv/bin/vita data codec-tokens $runs/s3_1c/model $data/speech#unseen $data/codec_tokens_held_out
-    fi
-    echo "Stage $stage"
-    .venv/bin/vita train configs/nano.py:$stage --workdir $runs/s$stage
-    [ -e $runs/s$stage/model ] || exit 1 # stopped, and saved
+train() { # STAGE WORKDIR
+    echo "Stage $1"
+    .venv/bin/vita train "configs/nano.py:$1" --workdir "$2"
+    [ -e "$2/model" ] || exit 1 # stopped, and saved
+}
+tokens() { # CODEC SPLIT TARGET
+    .venv/bin/vita data codec-tokens "$1/model" "$data/speech#$2" "$data/$3"
+}
+answering=train:af_heart,zf_xiaoxiao # the two voices that answer
+
+for stage in 0 1_1 1_2 1_2b 1_2c 1_2d 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_1c; do
+    train $stage $runs/s$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/s3_2/model build/nano/model
-.venv/bin/vita plot $runs/s*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/s1_3/model --out build/nano/eval
+tokens $runs/s3_1c $answering codec_tokens_train
+tokens $runs/s3_1c unseen codec_tokens_held_out # texts that they were never heard to say
+train 3_2 $runs/s3_2
+
+# The second round goes on from there.
+for stage in again_1_2 again_2_1a again_2_1b again_2_2 again_3_1; do
+    train $stage $runs/$stage
+done
+tokens $runs/again_3_1 $answering codec_tokens_again
+train again_3_2 $runs/again_3_2
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/again_3_2/model build/nano/model
+.venv/bin/vita plot $runs/*/ --out build/nano/curves.png
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/again_1_2/model --out build/nano/eval

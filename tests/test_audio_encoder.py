@@ -10,7 +10,14 @@ from parity import assert_close, random_params, recorded_params, run, shapes_of
 
 from vita_jax import tables
 from vita_jax.config import AudioConfig, vita_tiny
-from vita_jax.models.audio import Audio, init_audio_state, sinusoids, stream_frames
+from vita_jax.models.audio import (
+    Audio,
+    _halved,
+    _halved_by_taps,
+    init_audio_state,
+    sinusoids,
+    stream_frames,
+)
 
 RULES = tables.AUDIO_ENCODER + tables.AUDIO_ADAPTER + tables.AUDIO_PROMPTS
 
@@ -130,3 +137,11 @@ def test_clip_of_padding_only_is_finite():
     frames = jnp.zeros((1, 40, config.num_mel_bins))
     params = random_params(Audio(config), frames, jnp.array([40]))
     assert np.isfinite(run(Audio(config), params, frames, jnp.array([0]))).all()
+
+
+@pytest.mark.parametrize("size", [(2, 7, 80, 1), (1, 21, 39, 8), (3, 12, 5, 4)])
+def test_a_convolution_by_taps_is_that_convolution(size):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal(size), rng.standard_normal((3, 3, size[-1], 6))
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    np.testing.assert_allclose(_halved_by_taps(x, kernel), _halved(x, kernel), rtol=1e-5, atol=1e-5)

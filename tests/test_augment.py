@@ -29,6 +29,16 @@ def test_speed_changes_length_and_pitch():
     assert lengths == {16000, 17778, 14546}
 
 
+def test_silence_around_speech_is_cut():
+    speech = np.concatenate([np.zeros(8000, np.float32), tone(440), np.zeros(16000, np.float32)])
+    lengths = [
+        len(Augment().waveform(speech, np.random.default_rng(seed))) / 16000 for seed in range(60)
+    ]
+    whole = sum(length > 2.2 for length in lengths)  # 2.5 s, at some speed
+    assert 4 <= whole <= 22
+    assert all(0.9 < length < 1.8 for length in lengths if length <= 2.2)
+
+
 @pytest.mark.parametrize("snr_db", [0.0, 10.0])
 def test_noise_is_as_loud_as_asked(snr_db):
     rng = np.random.default_rng(0)

@@ -84,6 +84,32 @@ def test_captions_name_in_both_languages_what_a_picture_shows(folder, kind):
     assert len(first) == 2
 
 
+def test_names_are_asked_in_both_languages(folder):
+    source = DrawnSource(f"{folder}#names")
+    for index in range(20):
+        replies = [turn["value"] for turn in source.sample(index)["conversations"][1::2]]
+        both = [[talk.name(c.en, c.zh, lang) for lang in talk.LANGS] for c in source.concepts]
+        assert sorted(replies) in [sorted(names) for names in both]
+
+
+def test_a_mosaic_names_four_things_in_the_order_they_are_read(folder, monkeypatch):
+    source, shown = DrawnSource(f"{folder}#mosaics"), []
+    mosaic = scenes.mosaic
+    monkeypatch.setattr(scenes, "mosaic", lambda *args, **k: shown.append(args[1]) or mosaic(*args))
+    code_of = {}
+    for concept in source.concepts:
+        for lang in talk.LANGS:
+            code_of[talk.name(concept.en, concept.zh, lang)] = concept.code
+    for index in range(10):
+        question, answer = (turn["value"] for turn in source.sample(index)["conversations"])
+        named = re.findall(r"[^.。]+[.。]", answer)
+        codes = [code_of[name.strip()] for name in named]
+        assert question == "<image>\n" and len(codes) == 4
+        for code, drawing in zip(codes, shown[-1]):
+            known = [source.drawing(code, style) for style in source.styles[code]]
+            assert any(np.array_equal(drawing, one) for one in known)
+
+
 def test_every_so_many_concepts(folder):
     concepts = DrawnSource(f"{folder}#captions").concepts
     assert DrawnSource(f"{folder}#captions:3").concepts == concepts[::3]

@@ -1,6 +1,7 @@
 """What the small model learns from and is judged by, as far as it needs no packages; its stages."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -133,6 +134,7 @@ def test_stages_of_the_small_model():
         "3_1b",
         "3_1c",
         "3_2",
+        "again_1_2",
     ]
     for before, stage in zip([None, *stages], stages):
         config = load_config(f"{file}:{stage}")
@@ -140,6 +142,15 @@ def test_stages_of_the_small_model():
         if stage not in ("0", "2_1a", "3_1"):  # which start from nothing
             assert f"s{before}/" in str(config.init_from)
         assert bool(config.model.audio.num_units) == (stage == "2_1a")
+    for stage, before in {
+        "again_2_1a": "s3_2", "again_2_1b": "again_1_2", "again_2_2": "again_2_1b",
+        "again_3_1": "s3_2", "again_3_2": "again_2_2",
+    }.items():  # fmt: skip
+        config = load_config(f"{file}:{stage}")
+        assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4
+        assert bool(config.model.audio.num_units) == (stage == "again_2_1a")
+        # The voice reads word embeddings: they are the first round's in all of the second.
+        assert not any(re.fullmatch(path, "llm/embedding") for path in config.trainable)
     with pytest.raises(KeyError):
         load_config(f"{file}:9")
 

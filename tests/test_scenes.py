@@ -64,6 +64,18 @@ def test_a_group_has_so_many_things(clean, number):
         assert len(blobs(same)) == len(blobs(mixed)) == number
 
 
+def test_a_mosaic_has_a_thing_in_each_quarter(clean):
+    colours = np.array([(220, 0, 0), (0, 180, 0), (0, 0, 220), (200, 200, 0)], float)
+    for seed in range(10):
+        drawings = [disc(colour) for colour in colours]
+        picture = np.asarray(scenes.mosaic(RNG(seed), drawings, restyled=False), float)
+        quarters = picture.reshape(2, 56, 2, 56, 3).swapaxes(1, 2).reshape(4, 56 * 56, 3)
+        for number, quarter in enumerate(quarters):
+            seen = quarter[quarter.sum(-1) < 3 * 255 - 60]
+            likeness = colours @ seen.mean(0) / np.linalg.norm(colours, axis=1)
+            assert likeness.argmax() == number and 0.15 < len(seen) / 56**2 < 0.9
+
+
 def test_things_stand_at_their_places(clean):
     names = list(PLACES)
     for seed in range(20):

@@ -1,6 +1,7 @@
 """Speech to codec tokens: what the speech decoders learn to say.
 
-Goes in: a checkpoint with a codec, and speech with its words. Comes out, in a folder:
+Goes in: a checkpoint with a codec, and speech with its words, of which silence at the ends is
+left out. Comes out, in a folder:
 
     tokens.jsonl     a record a clip: id, text, codes, global_tokens, seconds, index in the source
     rejects.jsonl    clips that could not be used, and why
@@ -23,9 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vita_jax import checkpoint, codebooks
+from vita_jax.data.audio import trim
 from vita_jax.data.collate import bucket
 from vita_jax.data.sources import MANIFEST, REJECTS, open_source
-from vita_jax.data.utterance import read_clip, words
+from vita_jax.data.utterance import SILENCE_S, read_clip, words
 from vita_jax.models.codec import Codec
 
 RECORDS = "tokens.jsonl"
@@ -138,6 +140,7 @@ def _read_sample(clips, sample_rate_hz, index):
     try:
         with clips.open(index) as sample:
             waveform, text = read_clip(sample, sample_rate_hz), words(sample)
+            waveform = trim(waveform, sample_rate_hz, SILENCE_S, SILENCE_S)
             name = sample.get("id", index)
         if not text:
             raise ValueError(f"sample {name}: no words to its clip")

@@ -24,6 +24,7 @@ LOW_HZ = 20.0  # lower edge of the first mel band; the last one ends at half the
 PREEMPHASIS = 0.97
 SAMPLE_SCALE = 32768.0  # the filter bank sees samples as 16-bit integers
 ENERGY_FLOOR = float(np.finfo(np.float32).eps)  # of a band, before the logarithm
+QUIET = 0.02  # of the loudest sample: what is quieter is silence
 SINC_ZEROS = 6  # zero crossings of the resampling filter on either side
 SINC_ROLLOFF = 0.99  # where it cuts off, as a part of the lower half rate
 RATES_HZ = (1000, 1_000_000)  # lowest and highest sample rate that is believed
@@ -100,6 +101,15 @@ def resample(waveform: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
         taps = np.sinc(x) * np.cos(x * np.pi / SINC_ZEROS / 2) ** 2 * cutoff / down
         out[:, phase] = windows[start::down][:num_periods] @ taps.astype(np.float32)
     return out.reshape(-1)[:num_out]
+
+
+def trim(waveform: np.ndarray, rate_hz: int, front_s: float, back_s: float) -> np.ndarray:
+    """float32[w] of float32[W]: at most so many seconds of silence before and behind the sound."""
+    loud = np.flatnonzero(np.abs(waveform) > QUIET * np.abs(waveform).max(initial=0))
+    if not len(loud):
+        return waveform
+    start = max(0, loud[0] - round(front_s * rate_hz))
+    return waveform[start : loud[-1] + 1 + round(back_s * rate_hz)]
 
 
 def fbank(

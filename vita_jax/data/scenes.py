@@ -78,6 +78,25 @@ def plain(rng: np.random.Generator, drawing: np.ndarray, px: int = 112) -> Image
     return ground
 
 
+def mosaic(
+    rng: np.random.Generator, drawings: list[np.ndarray], px: int = 112, restyled: bool = True
+) -> Image.Image:
+    """Four drawings, one in each quarter of the picture, in the order in which they are read.
+
+    Args:
+      rng, px, restyled: as in `single`.
+      drawings: four of uint8[N, N, 4].
+    """
+    ground = _ground_for(rng, drawings, px, plain=0.7)
+    for number, drawing in enumerate(drawings):
+        box = rng.uniform(0.36, 0.52)
+        centre = np.array([number % 2, number // 2]) / 2 + 0.25
+        centre += rng.uniform(-1, 1, 2) * max(0.02, (0.5 - box) / 2)
+        thing = _vary(rng, drawing, ground, True, restyled)
+        _put(ground, thing, centre, box, rng.uniform(-20, 20))
+    return _degrade(rng, [ground])[0]
+
+
 def arrange(
     rng: np.random.Generator,
     drawings: list[np.ndarray],

@@ -12,11 +12,14 @@ import numpy as np
 
 from vita_jax.batch import TEXT_TOKEN
 from vita_jax.config import CodecConfig, VitaConfig
-from vita_jax.data.audio import read_audio
+from vita_jax.data.audio import read_audio, trim
 from vita_jax.data.processor import Example, Processor
 from vita_jax.data.tokenizer import Tokenizer
 
 MIN_SECONDS = 0.1
+# Of silence that is left at either end of what is learned from; else it is half of synthesised
+# clips.
+SILENCE_S = 0.15
 
 
 def example(
@@ -46,7 +49,8 @@ def example(
 
 
 def pieces(sample: Mapping, config: CodecConfig, num_tokens: int, rng) -> Example:
-    """Two random pieces of a clip, for the codec; one of several clips is drawn, too.
+    """Two random pieces of a clip without its silence, for the codec; one of several clips is
+    drawn, too.
 
     Args:
       sample: with `audio`, a sound or a list.
@@ -62,6 +66,7 @@ def pieces(sample: Mapping, config: CodecConfig, num_tokens: int, rng) -> Exampl
       FileNotFoundError, ValueError: as `read_clip`.
     """
     clip = read_clip(sample, config.sample_rate_hz, rng)
+    clip = trim(clip, config.sample_rate_hz, SILENCE_S, SILENCE_S)
     size = num_tokens * config.samples_per_token
     starts = rng.integers(max(len(clip) - size, 0) + 1, size=2)
     waveform = np.zeros((2, size), np.float32)

@@ -178,6 +178,7 @@ def stack(block, config, num_layers: int, name: str):
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=num_layers,
+        unroll=num_layers if config.remat == "none" else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(config, name=name)
 

@@ -194,7 +194,7 @@ STAGES = {
         init_from=(f"{RUNS}/again_1_2/model", rf"audio/encoder/.*={RUNS}/again_2_1a/model"),
         data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=200, max_reject_share=0.5),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=120,
+        num_steps=80,
     ),
     "again_2_2": dict(
         file="stage2_2_audio_sft",
@@ -210,13 +210,13 @@ STAGES = {
             max_audio_frames=240,
             max_reject_share=0.3,
         ),
-        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, rates={r"audio/.*": 1.5}, **LATER),
         num_steps=420,
     ),
     "again_3_1": spoken(
         {"#train": 0.25, "#train:af_heart,zf_xiaoxiao": 0.75},
         learning_rate=5e-4,
-        num_steps=2000,
+        num_steps=1800,
         init_from=(f"{RUNS}/s3_2/model",),
     ),
     "again_3_2": dict(
@@ -232,8 +232,8 @@ STAGES = {
             max_tokens=384,
             num_shards=8,
         ),
-        optim=OptimConfig(learning_rate=1.5e-3, muon_rate=4e-3, **LATER),
-        num_steps=900,
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1200,
     ),
 }
 

@@ -118,12 +118,17 @@ def test_meshes_say_the_same(engine, shape):
     np.testing.assert_allclose(together.audio, alone.audio, atol=1e-4)
 
 
-def count_compilations(action):
-    """Programs that XLA compiles while `action` runs."""
+def compiled(action):
+    """The programs that XLA compiles while `action` runs, by name."""
     names = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+
+    def listen(event, duration, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     action()
-    return sum(name.endswith("backend_compile_duration") for name in names)
+    return names
 
 
 def test_another_length_in_the_bucket_compiles_nothing(engine):
@@ -131,13 +136,33 @@ def test_another_length_in_the_bucket_compiles_nothing(engine):
     shorter = (SOUND[0][:8500], 16000)
     drawn = Sampler(0.7, 5, 0.9, 1.1)
     engine.chat("What is it?", audio=SOUND, **asked)
-    assert not count_compilations(lambda: engine.chat("What is this here?", audio=shorter, **asked))
-    assert not count_compilations(
-        lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **asked)
-    )
-    assert count_compilations(
-        lambda: engine.chat("What? " * 200, **asked)
-    )  # the listener does hear
+    assert not compiled(lambda: engine.chat("What is this here?", audio=shorter, **asked))
+    assert not compiled(lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **asked))
+    assert compiled(lambda: engine.chat("What? " * 200, **asked))  # the listener does hear
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 2])
+def test_after_warming_up_nothing_is_compiled(chunk_size):
+    engine = make_engine(chunk_size=chunk_size, max_tokens=980, max_new_tokens=40, num_rows=2)
+    engine.warm_up(1.0)
+    drawn, events = Sampler(2.0, 0, 0.9, 1.1), []
+
+    def talk():
+        session = engine.session(sampler=drawn)
+        for text, samples in (("Look. " * 20, 9000), ("Again?", 3000), ("And? " * 20, 16000)):
+            sound = (np.resize(SOUND[0], samples), 16000)
+            other = ask(engine, "What?", [PICTURE], speak=True, max_new_tokens=20, sampler=drawn)
+            events.extend(engine.answer(session, text, [PICTURE], sound))
+            while other.reply:
+                engine.step()
+
+    assert not compiled(talk)
+    assert sum(isinstance(event, AudioChunk) for event in events) > 2
+    waiting = ask(engine, "Hello")
+    engine.step()
+    with pytest.raises(ValueError, match="wait until it is over"):
+        engine.warm_up()
+    tokens_of(engine, waiting)
 
 
 def test_rows_join_and_leave(engine):

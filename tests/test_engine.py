@@ -13,6 +13,7 @@ from vita_jax.data.collate import collate
 from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.tokenizer import load_bundled
 from vita_jax.infer import engine as engines
+from vita_jax.infer import session as sessions
 from vita_jax.infer import voice
 from vita_jax.infer.engine import AudioChunk, Done, Engine, TextDelta
 from vita_jax.infer.sampling import Sampler
@@ -358,6 +359,24 @@ def test_first_segment_is_spoken_before_the_text_ends(engine):
         engine.step()
     kinds = [type(event) for event in session.events]
     assert kinds.index(AudioChunk) < len(kinds) - 1 - kinds[::-1].index(TextDelta)
+
+
+def test_gaps_in_what_is_heard(engine, monkeypatch):
+    """Pieces of 1 s, handed out by a clock that the test sets."""
+    clock = {"s": 100.0}
+    monkeypatch.setattr(sessions.time, "perf_counter", lambda: clock["s"])
+    session = ask(engine, "Hello", speak=True)
+    reply, second = session.reply, np.zeros(engine.config.codec.sample_rate_hz, np.float32)
+    reply.speaker.speaking = True
+    assert reply.hungry(0.5)
+    for clock["s"] in (102.0, 102.9, 104.25, 104.5):
+        reply.push_sound(second)
+        assert not reply.hungry(0.5)
+    clock["s"] = 105.9
+    assert reply.hungry(0.5)  # 0.35 s are left: the gap has put off the end
+    assert reply.finished().gaps_s == (0.0, 0.25, 0.0)
+    session.cancel()
+    engine.step()
 
 
 def test_a_turn_that_cannot_be_answered(engine):

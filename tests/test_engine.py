@@ -286,7 +286,7 @@ def test_a_new_turn_reads_only_what_is_new(engine, num_read):
 
 
 def test_the_oldest_turns_are_forgotten_whole():
-    engine = make_engine(max_tokens=900, max_new_tokens=4)
+    engine = make_engine(max_tokens=900, max_new_tokens=4, num_rows=2)
     session, turns = engine.session(speak=False), []
     lengths = Processor(engine.config, engine.tokenizer)
     for i in range(8):
@@ -302,9 +302,34 @@ def test_the_oldest_turns_are_forgotten_whole():
     left = [len(one.tokens) for one in kept].index(reply.seen.num_text_tokens)
     assert 0 < left <= i
     last = turns[-1]
-    fresh = make_engine(max_tokens=900, max_new_tokens=4)
+    fresh = make_engine(max_tokens=900, max_new_tokens=4, num_rows=2)
     again = fresh.chat(last.text, history=turns[left:-1], speak=False)
     assert again.text == reply.text
+    np.testing.assert_array_equal(engine._rows[0].keys, fresh._rows[0].keys)
+    for name in ("k", "v"):
+        ours, theirs = (getattr(one._text.cache, name) for one in (engine, fresh))
+        read = np.s_[:, 0, : reply.seen.num_text_tokens]
+        np.testing.assert_allclose(ours[read], theirs[read], atol=1e-5)
+
+
+def test_a_long_conversation_takes_no_more_memory_or_work(num_read):
+    engine = make_engine(max_tokens=980, max_new_tokens=3, num_rows=2)
+    session, most = engine.session(speak=False), []
+    for number in range(60):
+        num_read.clear()
+        session.push_text(f"This is turn {number:02}.")
+        if number % 3 == 0:
+            session.push_image(PICTURE)
+        if number % 2:
+            session.push_audio(SOUND[0])
+        session.end_of_speech()
+        while session.reply:
+            engine.step()
+        session.events.clear()
+        most.append((len(session._history), len(jax.live_arrays()), sum(num_read)))
+    early, late = (np.max(part, axis=0) for part in (most[:30], most[30:]))
+    assert 1 < late[0] < 20
+    assert (late <= 1.1 * early + 4).all()
 
 
 def test_history_is_part_of_the_prompt(engine):

@@ -400,6 +400,9 @@ def _add_sizes(parser):
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
     )
+    parser.add_argument(
+        "--int8", action="store_true", help="keep the weights of `vita quantize` in 8 bits"
+    )
 
 
 def _chat(args):
@@ -423,9 +426,9 @@ def _chat(args):
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
     }
-    sizes = args.max_tokens, args.video_rate
+    sizes = args.max_tokens, args.video_rate, 1, args.max_new_tokens, args.int8
     keep_compiled()
-    engine = load(args.checkpoint, mesh, args.dtype, *sizes, max_new_tokens=args.max_new_tokens)
+    engine = load(args.checkpoint, mesh, args.dtype, *sizes)
     _say_untrained(args.checkpoint)
     speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
     if args.out and not speak:
@@ -596,7 +599,7 @@ def _compile(args):
 
     _check_shipped(args.checkpoint)
     folder, start_s = keep_compiled(), time.perf_counter()
-    sizes = args.max_tokens, 1.0, 1, args.max_new_tokens
+    sizes = args.max_tokens, 1.0, 1, args.max_new_tokens, args.int8
     load(args.checkpoint, _mesh(args.mesh), args.dtype, *sizes).warm_up(args.max_audio)
     seconds = time.perf_counter() - start_s
     print(f"{folder}: compiled in {seconds:.0f} s. Try: vita chat {args.checkpoint} --text hello")

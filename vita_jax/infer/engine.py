@@ -694,6 +694,7 @@ def load(
     video_rate: float = 1.0,
     num_rows: int = 1,
     max_new_tokens: int = 512,
+    int8: bool = False,
 ) -> Engine:
     """The engine of a checkpoint folder.
 
@@ -705,12 +706,14 @@ def load(
       video_rate: frames of a video to look at in a second (4 to 16 in all).
       num_rows: replies that can be given at a time.
       max_new_tokens: longest reply.
+      int8: keep the weights of a checkpoint by `vita quantize` in 8 bits (`checkpoint.load`).
 
     Raises:
-      FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one.
+      FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one; or there
+        are no weights of 8 bits to keep.
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
-    config, params = checkpoint.load(path, mesh, dtype)
+    config, params = checkpoint.load(path, mesh, dtype, int8=int8)
     sizes = max_tokens, video_rate, num_rows, max_new_tokens
     return Engine(config, params, Tokenizer.load(path), mesh, *sizes)
 

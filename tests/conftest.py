@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's is left alone
 # PyTorch's idle threads spin: several of them on a busy machine make a peer 10 times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,4 +1,4 @@
-"""Attention: the TPU's kernel, run step by step on the CPU, and blocks, against the dense mask."""
+"""Attention: each path against the dense mask, the TPU's kernel step by step on the CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,37 @@ def test_blocks_equal_dense_mask():
     np.testing.assert_allclose(y, expected, atol=2e-6)
     for ours, theirs in zip(grads, expected_grads):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+CASES = {"dense": conversation_mask, "packed": Segments, "all": lambda ids: None}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length, dtype", [(200, "bfloat16"), (1, "bfloat16"), (200, "float32")])
+def test_lowered_for_a_gpu(case, length, dtype, monkeypatch):
+    """cuDNN's kernel is in the program where it takes the arrays; there need be no GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    version = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(version, lambda: 91000)
+    ids = jnp.asarray(SEGMENTS[:, :length])
+    arrays = [x[:, :length].astype(dtype) for x in draw(4, 2, 16)[:3]]
+    run = jax.jit(lambda *arrays: attention(*arrays, CASES[case](ids)))
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("cudnn$fmha" in text) == (length > 1 and dtype == "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_kernel_equals_dense_mask(case):
+    arrays, ids = draw(num_heads=4, num_kv_heads=2, head_dim=64), jnp.asarray(SEGMENTS)
+    mask = None if case == "all" else conversation_mask(ids)
+    in_16_bits = [x.astype(jnp.bfloat16) for x in arrays]
+    (_, expected), expected_grads = both(lambda *a: attention(*a, mask), arrays, ids)
+    (_, y), grads = both(lambda *a: attention(*a, CASES[case](ids)), in_16_bits, ids)
+    np.testing.assert_allclose(y.astype(np.float32), expected, atol=0.03)
+    for ours, theirs in zip(grads, expected_grads):
+        error = np.abs(ours.astype(np.float32) - theirs).max() / np.abs(theirs).max()
+        assert error < 0.03
 
 
 def test_padding_gives_numbers():

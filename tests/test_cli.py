@@ -1,8 +1,11 @@
 """vita_jax/cli.py: the verbs, and one clear line with exit code 2 for what cannot work."""
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -106,6 +109,31 @@ def test_interactive_remembers(checkpoint, files, capsys, monkeypatch):
     read = [int(line.split()[1]) for line in out.splitlines() if line.startswith("read:")]
     assert len(read) == 2 and read[1] > read[0]
     assert "nowhere.png" in err and "/image: expected /image F" in out
+
+
+def test_a_fresh_process_finds_what_was_compiled(checkpoint, tmp_path):
+    """`vita compile`, then `vita chat` in another process: not one program is compiled there."""
+    compiled = tmp_path / "cache"
+    environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+    }
+    code = (
+        "import jax, sys; from vita_jax import cli; missed = []; "
+        "jax.monitoring.register_event_listener(lambda name, **_: missed.append(name)); "
+        "code = cli.main(sys.argv[1:]); "
+        "print('missed', sum(name.endswith('/cache_misses') for name in missed)); sys.exit(code)"
+    )
+    sizes = ["--max-tokens", "700", "--max-new-tokens", "4"]
+
+    def run(*words):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert str(compiled) in run("compile", str(checkpoint), "--max-audio", "0.3", *sizes)
+    assert len(list(compiled.iterdir())) > 20
+    assert "missed 0" in run("chat", str(checkpoint), "--text", "Hello", *sizes)
 
 
 def test_info_of_preset_file_and_folder(checkpoint, capsys):

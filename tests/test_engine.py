@@ -13,6 +13,7 @@ from vita_jax.data.collate import collate
 from vita_jax.data.processor import Processor, Turn
 from vita_jax.data.tokenizer import load_bundled
 from vita_jax.infer import engine as engines
+from vita_jax.infer import session as sessions
 from vita_jax.infer import voice
 from vita_jax.infer.engine import AudioChunk, Done, Engine, TextDelta
 from vita_jax.infer.sampling import Sampler
@@ -118,12 +119,17 @@ def test_meshes_say_the_same(engine, shape):
     np.testing.assert_allclose(together.audio, alone.audio, atol=1e-4)
 
 
-def count_compilations(action):
-    """Programs that XLA compiles while `action` runs."""
+def compiled(action):
+    """The programs that XLA compiles while `action` runs, by name."""
     names = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+
+    def listen(event, duration, fun_name="", **_):
+        if event.endswith("backend_compile_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     action()
-    return sum(name.endswith("backend_compile_duration") for name in names)
+    return names
 
 
 def test_another_length_in_the_bucket_compiles_nothing(engine):
@@ -131,13 +137,33 @@ def test_another_length_in_the_bucket_compiles_nothing(engine):
     shorter = (SOUND[0][:8500], 16000)
     drawn = Sampler(0.7, 5, 0.9, 1.1)
     engine.chat("What is it?", audio=SOUND, **asked)
-    assert not count_compilations(lambda: engine.chat("What is this here?", audio=shorter, **asked))
-    assert not count_compilations(
-        lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **asked)
-    )
-    assert count_compilations(
-        lambda: engine.chat("What? " * 200, **asked)
-    )  # the listener does hear
+    assert not compiled(lambda: engine.chat("What is this here?", audio=shorter, **asked))
+    assert not compiled(lambda: engine.chat("Who?", audio=SOUND, sampler=drawn, seed=3, **asked))
+    assert compiled(lambda: engine.chat("What? " * 200, **asked))  # the listener does hear
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 2])
+def test_after_warming_up_nothing_is_compiled(chunk_size):
+    engine = make_engine(chunk_size=chunk_size, max_tokens=980, max_new_tokens=40, num_rows=2)
+    engine.warm_up(1.0)
+    drawn, events = Sampler(2.0, 0, 0.9, 1.1), []
+
+    def talk():
+        session = engine.session(sampler=drawn)
+        for text, samples in (("Look. " * 20, 9000), ("Again?", 3000), ("And? " * 20, 16000)):
+            sound = (np.resize(SOUND[0], samples), 16000)
+            other = ask(engine, "What?", [PICTURE], speak=True, max_new_tokens=20, sampler=drawn)
+            events.extend(engine.answer(session, text, [PICTURE], sound))
+            while other.reply:
+                engine.step()
+
+    assert not compiled(talk)
+    assert sum(isinstance(event, AudioChunk) for event in events) > 2
+    waiting = ask(engine, "Hello")
+    engine.step()
+    with pytest.raises(ValueError, match="wait until it is over"):
+        engine.warm_up()
+    tokens_of(engine, waiting)
 
 
 def test_rows_join_and_leave(engine):
@@ -260,7 +286,7 @@ def test_a_new_turn_reads_only_what_is_new(engine, num_read):
 
 
 def test_the_oldest_turns_are_forgotten_whole():
-    engine = make_engine(max_tokens=900, max_new_tokens=4)
+    engine = make_engine(max_tokens=900, max_new_tokens=4, num_rows=2)
     session, turns = engine.session(speak=False), []
     lengths = Processor(engine.config, engine.tokenizer)
     for i in range(8):
@@ -276,9 +302,34 @@ def test_the_oldest_turns_are_forgotten_whole():
     left = [len(one.tokens) for one in kept].index(reply.seen.num_text_tokens)
     assert 0 < left <= i
     last = turns[-1]
-    fresh = make_engine(max_tokens=900, max_new_tokens=4)
+    fresh = make_engine(max_tokens=900, max_new_tokens=4, num_rows=2)
     again = fresh.chat(last.text, history=turns[left:-1], speak=False)
     assert again.text == reply.text
+    np.testing.assert_array_equal(engine._rows[0].keys, fresh._rows[0].keys)
+    for name in ("k", "v"):
+        ours, theirs = (getattr(one._text.cache, name) for one in (engine, fresh))
+        read = np.s_[:, 0, : reply.seen.num_text_tokens]
+        np.testing.assert_allclose(ours[read], theirs[read], atol=1e-5)
+
+
+def test_a_long_conversation_takes_no_more_memory_or_work(num_read):
+    engine = make_engine(max_tokens=980, max_new_tokens=3, num_rows=2)
+    session, most = engine.session(speak=False), []
+    for number in range(60):
+        num_read.clear()
+        session.push_text(f"This is turn {number:02}.")
+        if number % 3 == 0:
+            session.push_image(PICTURE)
+        if number % 2:
+            session.push_audio(SOUND[0])
+        session.end_of_speech()
+        while session.reply:
+            engine.step()
+        session.events.clear()
+        most.append((len(session._history), len(jax.live_arrays()), sum(num_read)))
+    early, late = (np.max(part, axis=0) for part in (most[:30], most[30:]))
+    assert 1 < late[0] < 20
+    assert (late <= 1.1 * early + 4).all()
 
 
 def test_history_is_part_of_the_prompt(engine):
@@ -333,6 +384,24 @@ def test_first_segment_is_spoken_before_the_text_ends(engine):
         engine.step()
     kinds = [type(event) for event in session.events]
     assert kinds.index(AudioChunk) < len(kinds) - 1 - kinds[::-1].index(TextDelta)
+
+
+def test_gaps_in_what_is_heard(engine, monkeypatch):
+    """Pieces of 1 s, handed out by a clock that the test sets."""
+    clock = {"s": 100.0}
+    monkeypatch.setattr(sessions.time, "perf_counter", lambda: clock["s"])
+    session = ask(engine, "Hello", speak=True)
+    reply, second = session.reply, np.zeros(engine.config.codec.sample_rate_hz, np.float32)
+    reply.speaker.speaking = True
+    assert reply.hungry(0.5)
+    for clock["s"] in (102.0, 102.9, 104.25, 104.5):
+        reply.push_sound(second)
+        assert not reply.hungry(0.5)
+    clock["s"] = 105.9
+    assert reply.hungry(0.5)  # 0.35 s are left: the gap has put off the end
+    assert reply.finished().gaps_s == (0.0, 0.25, 0.0)
+    session.cancel()
+    engine.step()
 
 
 def test_a_turn_that_cannot_be_answered(engine):

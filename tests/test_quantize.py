@@ -1,5 +1,7 @@
 """Folders of 8-bit weights: near what they were made from, half of bfloat16, read as any folder."""
 
+import contextlib
+import functools
 import json
 import shutil
 
@@ -111,6 +113,36 @@ def test_load_on_a_mesh_reads_shards(quantized, mesh, monkeypatch):
         np.testing.assert_array_equal(np.asarray(value), whole[path], path)
     assert {got for shape, got in read if shape == (320, 64)} == {(320 // mesh[1] // mesh[2], 64)}
     assert {got for shape, got in read if shape == (2, 64, 4, 16)} == {(2, 64 // mesh[1], 2, 16)}
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 2, 2)], ids=str)
+def test_weights_multiplied_in_8_bits(folder, quantized, mesh):
+    """The same numbers as those of the float32 that int8 and scales stand for, up to rounding."""
+    mesh = mesh and make_mesh(mesh)
+    config, exact = checkpoint.load(quantized, dtype="float32")
+    _, kept = checkpoint.load(quantized, mesh, "float32", int8=True)
+    int8 = {path for path, value in trees.flatten(kept).items() if value.dtype == jnp.int8}
+    assert int8 > {"llm/head", "llm/blocks/attn/out", "llm/blocks/mlp/up", "speech/ar/mlp/down"}
+    assert not any(path.startswith(("vision", "audio")) or "embedding" in path for path in int8)
+    tokens = jnp.arange(24).reshape(1, 24) * 11 % 300
+    ones, pieces = jnp.ones_like(tokens), jax.random.normal(jax.random.key(0), (1, 4, 16))
+    batch = Batch(tokens, jnp.arange(24)[None], ones, ones)
+
+    def spoken(model):
+        args = ones[:, :4], tokens[:, :6] % 64, jnp.arange(6)[None], ones[:, :6]
+        return model.speech.logits(model.speech(pieces, *args))
+
+    def run(params, dtype, **how):
+        return Vita(config.with_dtype(dtype)).apply({"params": params}, **how)
+
+    for how in ({"batch": batch}, {"method": spoken}):
+        expected = np.asarray(run(exact, "float32", **how))
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):
+                got = np.asarray(jax.jit(functools.partial(run, dtype=dtype, **how))(kept))
+                assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
+    with pytest.raises(ValueError, match="no weights of 8 bits"):
+        checkpoint.load(folder, int8=True)
 
 
 def test_slices(quantized):

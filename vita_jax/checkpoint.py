@@ -11,7 +11,8 @@ Goes in: parameters, random or published. Comes out: a folder that needs nothing
     source/            small files of the published folder, byte for byte (after `vita convert`)
 
 safetensors, because it is mapped into memory, runs no code and gives up slices: a device reads its
-shard and no more. Weights of 8 bits (`quantize.py`) are read as the float32 they stand for.
+shard and no more. Weights of 8 bits (`quantize.py`) are read as the float32 they stand for, or kept
+as they are where products take them so (`layers.product`).
 States of training runs, with optimizer and step, are Orbax's.
 Read next: `release.py`, then `infer/engine.py`.
 """
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +32,7 @@ import flax.linen as nn
 import jax
 import ml_dtypes  # gives NumPy the bfloat16 that safetensors looks for
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress
 from safetensors import SafetensorError, safe_open
@@ -41,6 +44,7 @@ from vita_jax.data import units as ctc
 from vita_jax.data.tokenizer import Tokenizer, load_bundled
 from vita_jax.models import vita
 from vita_jax.models.codec import fold_weight_norm
+from vita_jax.models.layers import SCALE
 from vita_jax.sharding import param_shardings
 
 PARTS = ("vision", "audio", "llm", "speech", "codec")
@@ -50,7 +54,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
-SCALE = ".scale"  # what the name of an I8 tensor's scales ends with
+# The weights that may stay int8: how fast they are read limits how fast a reply is given.
+_INT8 = re.compile(r"(llm|speech)/(.*/(attn|mlp)/(q|k|v|out|gate|up|down)|head)")
 # Filter banks are around 16: bfloat16 would lose their second decimal.
 _STATISTICS = "audio/encoder/cmvn/"
 _OWN_LICENCE = (
@@ -130,7 +135,7 @@ def save(folder, config: VitaConfig, params, tokenizer: Tokenizer, provenance, l
     write(folder, config, flat, values, tokenizer, provenance, licence)
 
 
-def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
+def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS, int8: bool = False):
     """Reads a checkpoint onto the devices; every tensor is checked before the first is read.
 
     The codec is float32 with its weight norm folded, the statistics of the audio encoder are
@@ -141,13 +146,15 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
       mesh: each device gets its shard and reads only that; None is one device.
       dtype: "float32", "bfloat16" or "float16".
       parts: those of the model that are wanted.
+      int8: keep weights of 8 bits, of the blocks and heads of LLM and speech decoders, as they are;
+        their scales are beside them, NAME.scale.
 
     Returns:
       The config as it is computed with, and the parameters: nested dict of jax.Array.
 
     Raises:
       FileNotFoundError: the folder or a file of it is not there.
-      ValueError: as `open_folder`, or another dtype.
+      ValueError: as `open_folder`, another dtype, or no weights of 8 bits to keep.
     """
     stored, files = open_folder(folder)
     config = stored.with_dtype(dtype)
@@ -162,10 +169,9 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
     else:
         shardings = trees.flatten(param_shardings(boxed, mesh))
 
-    def place(path, values):
-        to = "float32" if path.startswith(("codec/", _STATISTICS)) else dtype
-        shape, sharding = shapes[path].shape, shardings[path]
-        return jax.make_array_from_callback(shape, sharding, lambda at: values[at].astype(to))
+    def place(values, shape, sharding, to):
+        read = lambda at: values[at].astype(to)  # noqa: E731
+        return jax.make_array_from_callback(tuple(shape), sharding, read)
 
     flat = {}
     for part, file in files.items():
@@ -176,8 +182,27 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS):
             if part == "codec":
                 held = fold_weight_norm(trees.unflatten({p: v[:] for p, v in held.items()}))
                 held = {path: np.asarray(v) for path, v in trees.flatten(held).items()}
-            flat |= {path: place(path, values) for path, values in held.items()}
+            for path, values in held.items():
+                shape, sharding = shapes[path].shape, shardings[path]
+                if int8 and isinstance(values, Scaled) and _INT8.fullmatch(path):
+                    flat[path] = place(values.values, shape, sharding, "int8")
+                    shape = values.scales.get_shape()
+                    sharding = _without_ones(sharding, shape)
+                    flat[path + SCALE] = place(values.scales, shape, sharding, "float32")
+                else:
+                    to = "float32" if path.startswith(("codec/", _STATISTICS)) else dtype
+                    flat[path] = place(values, shape, sharding, to)
+    if int8 and not any(path.endswith(SCALE) for path in flat):
+        raise ValueError(f"{folder}: no weights of 8 bits in it; `vita quantize` makes them")
     return config, trees.unflatten(flat)
+
+
+def _without_ones(sharding, shape):
+    """A parameter's sharding for an array with the same axes, but for those of 1."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = [None if size == 1 else axis for axis, size in zip(sharding.spec, shape)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def open_folder(folder):
@@ -352,11 +377,11 @@ class Scaled:
     """An I8 tensor and its scales, as a slice of float32: `values[at]` reads that part of both."""
 
     def __init__(self, values, scales):
-        self._values, self._scales = values, scales
+        self.values, self.scales = values, scales
 
     def get_shape(self):
         """Of the tensor."""
-        return self._values.get_shape()
+        return self.values.get_shape()
 
     def get_dtype(self):
         """Of what is read."""
@@ -367,9 +392,9 @@ class Scaled:
         # Where an axis has a single scale, that one; an index takes the axis away.
         ends = [
             (0 if isinstance(i, int) else slice(None)) if size == 1 else i
-            for i, size in zip(at, self._scales.get_shape())
+            for i, size in zip(at, self.scales.get_shape())
         ]
-        return self._values[at].astype(np.float32) * self._scales[tuple(ends)].astype(np.float32)
+        return self.values[at].astype(np.float32) * self.scales[tuple(ends)].astype(np.float32)
 
 
 @contextlib.contextmanager

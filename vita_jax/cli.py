@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 from vita_jax import config as configs
@@ -23,6 +24,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita quantize checkpoints/vita checkpoints/int8   a checkpoint at a quarter of its size
+  vita compile checkpoints/vita                     its programs, so that first replies are quick
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
   vita eval nano build/nano --data build/data       what it can do, against bars
@@ -108,18 +110,9 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
         "--voice", metavar="F", help="speak in the voice of this clip (of its first 10 s)"
     )
     chat.add_argument("--interactive", action="store_true", help="go on talking")
-    chat.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    chat.add_argument(
-        "--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor"
-    )
+    _add_sizes(chat)
     chat.add_argument(
         "--video-rate", type=float, default=1.0, metavar="R", help="frames a second (default: 1)"
-    )
-    chat.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)"
-    )
-    chat.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
     )
     chat.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
@@ -182,6 +175,32 @@ pip install 'vita_jax[convert]'.""",
     convert.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
     convert.add_argument(
         "--to-torch", action="store_true", help="write a checkpoint back, byte for byte"
+    )
+
+    compile_ = verb(
+        "compile",
+        _compile,
+        "compile beforehand what a model runs, so that a fresh process replies soon",
+        """
+
+Programs are kept in $JAX_COMPILATION_CACHE_DIR, by default vita_jax in the user's cache directory,
+where `vita chat` and `vita demo` look for them and add what they lack. They are for this machine
+and these options: give the same to `vita chat`.""",
+    )
+    compile_.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CKPT",
+        default=str(SHIPPED),
+        help="checkpoint folder (default: the one shipped)",
+    )
+    _add_sizes(compile_)
+    compile_.add_argument(
+        "--max-audio",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="longest clip in seconds (default: 30)",
     )
 
     quantize = verb(
@@ -369,8 +388,26 @@ data: a stage's loader; with --step-s, beside devices that take so long a step."
     return top
 
 
+def _add_sizes(parser):
+    """What decides which programs a model runs."""
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest prompt (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest reply (default: 512)"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="keep the weights of `vita quantize` in 8 bits"
+    )
+
+
 def _chat(args):
     from vita_jax import Sampler, load
+    from vita_jax.infer.engine import keep_compiled
 
     if args.out and Path(args.out).suffix.lower() != ".wav":
         raise ValueError(f"--out {args.out}: expected a file name ending in .wav")
@@ -389,8 +426,9 @@ def _chat(args):
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
     }
-    sizes = args.max_tokens, args.video_rate
-    engine = load(args.checkpoint, mesh, args.dtype, *sizes, max_new_tokens=args.max_new_tokens)
+    sizes = args.max_tokens, args.video_rate, 1, args.max_new_tokens, args.int8
+    keep_compiled()
+    engine = load(args.checkpoint, mesh, args.dtype, *sizes)
     _say_untrained(args.checkpoint)
     speak = bool(args.out) and engine.config.codec is not None and engine.config.speech is not None
     if args.out and not speak:
@@ -482,8 +520,10 @@ def _ask():
 def _demo(args):
     from vita_jax import demo, load
     from vita_jax.data.prompts import STATES
+    from vita_jax.infer.engine import keep_compiled
 
     _check_shipped(args.checkpoint)
+    keep_compiled()
     engine = load(args.checkpoint)
     if engine.config.codec is None or engine.config.speech is None:
         raise ValueError(f"{args.checkpoint}: has no speech decoder or codec, it can only write")
@@ -551,6 +591,18 @@ def _convert(args):
         for file, names in provenance["overridden"].items():
             print(f"overridden by the main weights: {len(names)} tensors of {file}")
         print(f"{args.target}: converted. Try: vita info {args.target}")
+
+
+def _compile(args):
+    from vita_jax import load
+    from vita_jax.infer.engine import keep_compiled
+
+    _check_shipped(args.checkpoint)
+    folder, start_s = keep_compiled(), time.perf_counter()
+    sizes = args.max_tokens, 1.0, 1, args.max_new_tokens, args.int8
+    load(args.checkpoint, _mesh(args.mesh), args.dtype, *sizes).warm_up(args.max_audio)
+    seconds = time.perf_counter() - start_s
+    print(f"{folder}: compiled in {seconds:.0f} s. Try: vita chat {args.checkpoint} --text hello")
 
 
 def _quantize(args):

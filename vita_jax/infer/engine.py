@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import os
 import weakref
 from pathlib import Path
 
@@ -122,7 +123,10 @@ class Engine:
             raise ValueError(
                 f"num_rows={num_rows}, max_new_tokens={max_new_tokens}: expected 1 or more of each"
             )
-        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+        self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
+        # A program is compiled again for arrays that were not put anywhere.
+        self._device = None if mesh else jax.tree.leaves(params)[0].sharding
+        self.params = self._placed(params)
         self.processor = Processor(config, tokenizer, max_tokens, video_rate)
         self.stop_ids = frozenset(
             [tokenizer.eos_id, *tokenizer.encode(PAD), *tokenizer.encode(START)]
@@ -139,11 +143,33 @@ class Engine:
         self._steps = self._skipped = 0
         self._stops = np.array(sorted(self.stop_ids), np.int32)
         with self._on_mesh():
-            self._text = init_text(config, num_rows, self._num_slots, Sampler().arrays())
+            sampling = Sampler().arrays()
+            self._text = self._placed(init_text(config, num_rows, self._num_slots, sampling))
             if self.speaks:
                 slots = voices.num_speech_slots(config) + CODES_PER_CALL
-                self._speech = init_speech(config, num_rows, slots, Sampler().arrays())
+                self._speech = self._placed(init_speech(config, num_rows, slots, sampling))
                 self._banned = voices.banned(config)
+
+    def warm_up(self, max_audio_s: float = 30.0) -> None:
+        """Compiles what sessions need, so that none waits for the compiler. What the rows hold is
+        forgotten.
+
+        Left out, and compiled when first used, are longer clips and voices taken from a clip.
+
+        Args:
+          max_audio_s: longest clip, of a model that hears clips whole.
+
+        Raises:
+          ValueError: a session has a row.
+        """
+        from vita_jax.infer.warm_up import warm_up
+
+        if any(row.session for row in self._rows):
+            raise ValueError("warm_up: a turn is being read or answered; wait until it is over")
+        for row in self._rows:
+            row.keys = np.zeros(0, np.int64)
+        with self._on_mesh():
+            warm_up(self, max_audio_s)
 
     def session(
         self,
@@ -341,11 +367,7 @@ class Engine:
         banks, final = session.banks(), session.reply is not None
         stream, c = clip.stream, config.audio
         if stream.state is None:
-            size = c.num_embeddings(c.max_frames) + 1
-            stream.state = init_audio_state(c, 1, c.max_positions)
-            clip.rows = jnp.zeros((size, config.llm.embed_dim), config.llm.dtype)
-            if c.num_prompts:
-                clip.grow(audio_prompts(config, self.params))
+            self._begin_clip(clip)
         kept = stream.state.frames.shape[1]
         number = stream_frames(c, kept)
         left = len(banks) - stream.used
@@ -355,14 +377,27 @@ class Engine:
         if last:  # of what does not fill a chunk, the frames that fill encoder frames
             number = max(4 * max(c.encoder_frames(kept + left), 0) + 3 - kept, 0)
             number = min(number, left)
-        piece = banks[stream.used : stream.used + number]
-        rows, stream.state = encode_piece(config, last, self.params, piece, stream.state)
-        stream.used += number
-        clip.grow(rows)
+        self._encode_piece(clip, banks[stream.used : stream.used + number], last)
         if last:
             clip.stream = None
         session.heard_more()
         return True
+
+    def _begin_clip(self, clip):
+        """Room for a clip that arrives."""
+        config, c = self.config, self.config.audio
+        clip.stream.state = self._placed(init_audio_state(c, 1, c.max_positions))
+        shape = c.num_embeddings(c.max_frames) + 1, config.llm.embed_dim
+        clip.rows = self._placed(jnp.zeros(shape, config.llm.dtype))
+        if c.num_prompts:
+            clip.grow(audio_prompts(config, self.params))
+
+    def _encode_piece(self, clip, banks, last):
+        """Encodes the next float32[A, M] of a clip that arrives."""
+        stream = clip.stream
+        rows, stream.state = encode_piece(self.config, last, self.params, banks, stream.state)
+        stream.used += len(banks)
+        clip.grow(rows)
 
     def _read(self, session) -> bool:
         """Reads the next span of what a session's model should know; begins the reply if that is
@@ -615,6 +650,10 @@ class Engine:
         with self._on_mesh():
             return np.asarray(hear_voice(self.config, self.params, waveform[: seconds * rate_hz]))
 
+    def _placed(self, arrays):
+        """Arrays where the parameters are."""
+        return arrays if self._device is None else jax.device_put(arrays, self._device)
+
     @contextlib.contextmanager
     def _on_mesh(self):
         if self.mesh is None:
@@ -635,6 +674,11 @@ def _power_of_two(length: int) -> int:
     return max(256, 1 << (length - 1).bit_length())
 
 
+def lengths(most: int) -> list[int]:
+    """All numbers of slots that programs look at, in a row of `most`."""
+    return sorted({min(_power_of_two(length), most) for length in range(1, most + 1)})
+
+
 def _common(a, b) -> int:
     """How many keys two conversations begin with alike."""
     number = min(len(a), len(b))
@@ -650,6 +694,7 @@ def load(
     video_rate: float = 1.0,
     num_rows: int = 1,
     max_new_tokens: int = 512,
+    int8: bool = False,
 ) -> Engine:
     """The engine of a checkpoint folder.
 
@@ -661,11 +706,27 @@ def load(
       video_rate: frames of a video to look at in a second (4 to 16 in all).
       num_rows: replies that can be given at a time.
       max_new_tokens: longest reply.
+      int8: keep the weights of a checkpoint by `vita quantize` in 8 bits (`checkpoint.load`).
 
     Raises:
-      FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one.
+      FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one; or there
+        are no weights of 8 bits to keep.
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
-    config, params = checkpoint.load(path, mesh, dtype)
+    config, params = checkpoint.load(path, mesh, dtype, int8=int8)
     sizes = max_tokens, video_rate, num_rows, max_new_tokens
     return Engine(config, params, Tokenizer.load(path), mesh, *sizes)
+
+
+def keep_compiled() -> str:
+    """Has JAX keep every program that it compiles in a folder, and look there first: a new process
+    finds what an earlier one compiled.
+
+    Returns:
+      The folder: $JAX_COMPILATION_CACHE_DIR, else `vita_jax` in the user's cache directory.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home, "vita_jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return jax.config.jax_compilation_cache_dir

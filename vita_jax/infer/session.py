@@ -73,6 +73,8 @@ class Reply:
       times_s: seconds after the turn ended, by name: "prompt read", "first token",
         "first segment", "first codes", "first sound", "text done", "done".
       cancelled: whether it was broken off.
+      gaps_s: of each piece of sound but the first, seconds from when the sound before it had run
+        out, played as it came, until it was handed out; 0 if it came in time.
     """
 
     text: str
@@ -83,6 +85,7 @@ class Reply:
     seen: Seen
     times_s: dict[str, float]
     cancelled: bool = False
+    gaps_s: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +402,7 @@ class Writing:
         self._session, self._engine = session, engine
         self._decoder, self._segmenter = StreamDecoder(engine.tokenizer), Segmenter()
         self._texts, self._sounds, self._state, self._times = [], [], None, {}
-        self._num_samples = 0
+        self._gaps, self._runs_out_s = [], 0.0  # when the sound so far does
 
     def note(self, name: str) -> float:
         """Seconds since the turn ended, kept under `name` the first time."""
@@ -426,10 +429,12 @@ class Writing:
 
     def push_sound(self, samples: np.ndarray) -> None:
         """Takes the next float32[W] of the voice."""
-        rate_hz = self._engine.config.codec.sample_rate_hz
-        self._num_samples += len(samples)
+        rate_hz, time_s = self._engine.config.codec.sample_rate_hz, self.note("first sound")
+        if self._sounds:
+            self._gaps.append(max(time_s - self._runs_out_s, 0.0))
+        self._runs_out_s = max(time_s, self._runs_out_s) + len(samples) / rate_hz
         self._sounds.append(samples)
-        self._session.events.append(AudioChunk(samples, rate_hz, self.note("first sound")))
+        self._session.events.append(AudioChunk(samples, rate_hz, time_s))
 
     def hungry(self, margin_s: float) -> bool:
         """Whether what was handed out of a voice that has more to say lasts no longer, if it is
@@ -437,10 +442,8 @@ class Writing:
         """
         if not (self.speaker and self.speaker.busy):
             return False
-        if not self._num_samples:
-            return True
-        played_s = time.perf_counter() - self.start_s - self._times["first sound"]
-        return self._num_samples / self._engine.config.codec.sample_rate_hz - played_s < margin_s
+        time_s = time.perf_counter() - self.start_s
+        return not self._sounds or self._runs_out_s - time_s < margin_s
 
     def finished(self) -> Reply:
         """The reply as it stands."""
@@ -456,6 +459,7 @@ class Writing:
             seen=self._session.seen(),
             times_s=self._times,
             cancelled=self.cancelled,
+            gaps_s=tuple(self._gaps),
         )
 
     def _say(self, delta, time_s):

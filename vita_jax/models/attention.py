@@ -1,4 +1,5 @@
-"""Attention, in one place: over a dense mask, or over packed rows in blocks, on a TPU by a kernel.
+"""Attention, in one place: over a dense mask, or over packed rows in blocks; by a kernel on a TPU
+and, in 16 bits, on a GPU.
 
 Goes in: queries, keys and values dtype[B, T, N, H], and who may see whom. Read next: `layers.py`.
 """
@@ -47,15 +48,20 @@ def attention(q, k, v, mask):
     Returns:
       dtype[B, T, N, H].
     """
-    if not isinstance(mask, Segments):
-        return _dense(q, k, v, mask)
-    if mask.order is not None:
-        return _in_blocks(q, k, v, mask.ids, mask.order)
-    return jax.lax.platform_dependent(
-        *(q, k, v, mask.ids),
-        tpu=splash,  # decided when the program is lowered, so a TPU that is not there will do
-        default=_in_blocks,
-    )
+    kernels = {}  # chosen from when the program is lowered, so a TPU that is not there will do
+    if isinstance(mask, Segments):
+        ids, order, default = mask.ids, mask.order, _in_blocks
+        arrays = (q, k, v, ids) if order is None else (q, k, v, ids, order)
+        if order is None:
+            kernels["tpu"] = splash
+        seen = conversation_mask
+    else:
+        arrays, default, seen = (q, k, v, mask), _dense, lambda mask: mask
+    if _fits_cudnn(q, k, mask):
+        kernels["cuda"] = lambda q, k, v, *who: cudnn(q, k, v, seen(*who))
+    if not kernels:
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=default, **kernels)
 
 
 def conversation_mask(segment_ids, order=None):
@@ -108,6 +114,34 @@ def _in_blocks(q, k, v, segment_ids, order=None):
             block(q[:, i : i + size], k[:, :end], v[:, :end], mask[:, :, i : i + size, :end])
         )
     return jnp.concatenate(pieces, axis=1)
+
+
+def _fits_cudnn(q, k, mask) -> bool:
+    """Whether there is a GPU whose kernel takes such arrays. One query alone, as when a reply is
+    written, is left to XLA: all that counts there is how fast keys and values are read.
+    """
+    return (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and q.shape[1] > 1
+        and (mask is None or q.shape[1] % 2 == k.shape[1] % 2 == 0)
+    )
+
+
+def cudnn(q, k, v, mask):
+    """Attention by cuDNN's kernel for NVIDIA's GPUs: scores exist block by block.
+
+    Args:
+      q: dtype[B, T, N, H], 16 bits.
+      k, v: dtype[B, S, K, H], K divides N.
+      mask: bool[B, 1, T, S] or None.
+
+    Returns:
+      dtype[B, T, N, H]. Source: arXiv 2205.14135 (flash attention).
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
 def splash(q, k, v, segment_ids, interpret: bool = False):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from vita_jax.models.attention import attention
 
 ACTIVATIONS = ("batch", "seq", "act_embed")
+SCALE = ".scale"  # what the name of an int8 weight's scales ends with
 
 
 @flax.struct.dataclass
@@ -60,6 +61,26 @@ def weight(module: nn.Module, name: str, shape, axes, num_inputs: int = 1) -> ja
     a, b = pair["a"][None], pair["b"][None]
     axes = ((a.ndim - 1,), (1,)), ((0,), (0,))
     return value.astype(jnp.float32) + jax.lax.dot_general(a, b, axes, precision="highest")[0]
+
+
+def product(module: nn.Module, name: str, equation: str, x, kernel, out_dtype=None):
+    """`x` times `kernel`, the weight `name` of `module`, by an einsum.
+
+    A weight may be int8, with float32 scales of 1 along its inputs beside it. It is multiplied as
+    it is, summed in float32, and what comes out is multiplied by the scale of its channel.
+
+    Args:
+      module: whose weight it is.
+      name: its name.
+      equation: einsum.
+      x: dtype[...].
+      kernel: what `weight` gave.
+      out_dtype: of the result and of the sums; None is that of `x`.
+    """
+    scale = module.get_variable("params", name + SCALE)
+    sums = out_dtype if scale is None else jnp.float32
+    y = jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=sums)
+    return y if scale is None else (y * scale).astype(out_dtype or x.dtype)
 
 
 def bias(
@@ -214,7 +235,7 @@ class GatedAttention(nn.Module):
         y = attention(q, keys.astype(x.dtype), values.astype(x.dtype), mask)
         shape = (c.num_heads, c.head_dim, c.embed_dim)
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), num_inputs=2)
-        return jnp.einsum("BTNH,NHD->BTD", y, out.astype(x.dtype)), cache
+        return product(self, "out", "BTNH,NHD->BTD", y, out), cache
 
 
 def project(module, x, positions):
@@ -227,7 +248,7 @@ def project(module, x, positions):
         kernel = weight(
             module, name, (c.embed_dim, number, c.head_dim), ("embed", axis, "head_dim")
         )
-        y = jnp.einsum("BTD,DNH->BTNH", x, kernel.astype(x.dtype))
+        y = product(module, name, "BTD,DNH->BTNH", x, kernel)
         if c.qkv_bias:
             shift = bias(module, name + "_bias", (number, c.head_dim), (axis, "head_dim"))
             y = y + shift.astype(x.dtype)
@@ -246,9 +267,13 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         d, f = self.config.embed_dim, self.config.mlp_dim
-        gate = x @ weight(self, "gate", (d, f), ("embed", "mlp")).astype(x.dtype)
-        up = x @ weight(self, "up", (d, f), ("embed", "mlp")).astype(x.dtype)
-        return (nn.silu(gate) * up) @ weight(self, "down", (f, d), ("mlp", "embed")).astype(x.dtype)
+
+        def layer(name, x, shape, axes):
+            return product(self, name, "BTD,DF->BTF", x, weight(self, name, shape, axes))
+
+        gate = layer("gate", x, (d, f), ("embed", "mlp"))
+        up = layer("up", x, (d, f), ("embed", "mlp"))
+        return layer("down", nn.silu(gate) * up, (f, d), ("mlp", "embed"))
 
 
 class GatedBlock(nn.Module):

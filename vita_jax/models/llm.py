@@ -16,6 +16,7 @@ from vita_jax.models.layers import (
     RMSNorm,
     bias,
     init_cache,
+    product,
     stack,
     weight,
 )
@@ -68,9 +69,7 @@ class Llm(nn.Module):
 
     def logits(self, hidden):
         """float32[..., V] from dtype[..., D]."""
-        return jnp.matmul(
-            hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return product(self, "head", "...D,DV->...V", hidden, self.head, jnp.float32)
 
     def state_logits(self, hidden):
         """float32[..., 3] from dtype[..., D]: query, noise, text; at the end of a prompt, what the

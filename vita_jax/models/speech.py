@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from vita_jax.batch import TEXT_TOKEN
 from vita_jax.config import SpeechConfig
 from vita_jax.models.attention import Segments
-from vita_jax.models.layers import Cache, GatedBlock, RMSNorm, bias, init_cache, stack, weight
+from vita_jax.models.layers import (
+    Cache,
+    GatedBlock,
+    RMSNorm,
+    bias,
+    init_cache,
+    product,
+    stack,
+    weight,
+)
 
 
 class Speech(nn.Module):
@@ -114,7 +123,7 @@ class Speech(nn.Module):
 
     def logits(self, x):
         """float32[..., V] from the last block's output dtype[..., D]."""
-        y = jnp.matmul(self.norm(x), self.head.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = product(self, "head", "...D,DV->...V", self.norm(x), self.head, jnp.float32)
         return y + self.head_bias.astype(jnp.float32)
 
 

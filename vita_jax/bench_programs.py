@@ -52,7 +52,7 @@ class Work:
     model: str
     overrides: tuple[str, ...] = ()
     dtype: str = "float32"
-    num_tokens: int = 512
+    num_tokens: int = 200  # a spoken question about a picture, in a small model's prompt
     num_rows: int = 1
 
 

@@ -7,7 +7,7 @@
 #                                       7 tiles, as many layers as there is room for, and with 8 layers what keeping matrix
 #                                       products (remat=dots) gains; five runs of at most 90 s each
 #
-# Either takes less than 8 minutes. PYTHON=... names a Python that has the packages; else .venv is made.
+# Either is stopped after 8 minutes. PYTHON=... names a Python that has the packages; else .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

@@ -105,9 +105,9 @@ def chat(
 ) -> dict:
     """Replays recorded questions, each in a conversation of its own.
 
-    Every question is asked once before, so that nothing is compiled any more; then, in turns, so
-    that the engine clock is read, so that the model clock is, and so that each program runs to its
-    end before the next begins and its time is known.
+    Every question is asked once before, so that nothing is compiled any more. Then it is asked for
+    the engine clock, for the model clock, and with every program run to its end before the next
+    begins, for the time of each step.
 
     Args:
       work: the model.

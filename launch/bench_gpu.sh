@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# The step of stage 1.2 at the shape of the 7B model on one GPU: bfloat16, packed rows of 4,096 tokens with 7 tiles, as
-# many layers as there is room for, and with 8 layers what keeping matrix products (remat=dots) gains. PYTHON=... names a
-# Python that has the packages; else .venv is made. Five runs of at most 90 s each.
+# Speed on one GPU.
+#
+#   bash launch/bench_gpu.sh [MODEL]    the engine at the shape of MODEL (default: vita_7b), random weights in bfloat16: a
+#                                       table of figures and bars, and build/bench_gpu/all.json
+#   bash launch/bench_gpu.sh train      the step of stage 1.2 at the shape of the 7B model: packed rows of 4,096 tokens with
+#                                       7 tiles, as many layers as there is room for, and with 8 layers what keeping matrix
+#                                       products (remat=dots) gains; five runs of at most 90 s each
+#
+# Either is stopped after 8 minutes. PYTHON=... names a Python that has the packages; else .venv is made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then
@@ -9,6 +15,10 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
 fi
 export XLA_PYTHON_CLIENT_MEM_FRACTION=.95
+
+if [ "${1:-}" != train ]; then
+    exec timeout 480 "$PYTHON" -m vita_jax bench all "${1:-vita_7b}" --dtype bfloat16 --out build/bench_gpu
+fi
 
 bench() {
     echo "== $*"

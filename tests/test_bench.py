@@ -1,5 +1,7 @@
 """vita_jax/bench.py: that the right things are measured; times themselves are not asserted."""
 
+import functools
+
 import numpy as np
 import pytest
 from runs import ROOT, stage
@@ -38,6 +40,23 @@ def test_the_loader():
     figures = bench.data(stage("stage0_text", *TEXT, "data.max_tokens=480"), 3, step_s=0.2)
     assert figures["seconds"] >= 0.2 and 0 <= figures["data_wait"] < 1
     assert figures["samples_per_s"] * figures["seconds"] == pytest.approx(2)
+
+
+def maker(number):
+    """What `race` makes things to time of: they count their calls."""
+    if not number:
+        raise ValueError("nothing to time")
+    calls = []
+    return lambda: calls.append(0), lambda: number + len(calls)
+
+
+def test_a_race(monkeypatch):
+    monkeypatch.setattr(bench, "WARM_UP", 1)
+    makers = [functools.partial(maker, number) for number in (1, 0, 5)]
+    first, second, third = bench.race(makers, 2, 1)
+    assert isinstance(second, ValueError) and str(second) == "nothing to time"
+    for (answer, seconds), number in ((first, 1), (third, 5)):
+        assert answer == number + 1 and len(seconds) == 2 and min(seconds) >= 0
 
 
 def test_the_peer_trains_an_llm():

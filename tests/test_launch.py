@@ -138,3 +138,20 @@ def test_demo_takes_the_shipped_model_where_there_is_one(commands, tmp_path):
     printed, (demo,) = started()
     assert printed == "" and demo.verb == "demo"
     assert tmp_path / demo.checkpoint == shipped and str(cli.SHIPPED).endswith(demo.checkpoint)
+
+
+def test_bench_gpu(commands, tmp_path):
+    def started(*words):
+        script = ["bash", str(tmp_path / "launch" / "bench_gpu.sh"), *words]
+        environment = {**os.environ, "PYTHON": str(tmp_path / ".venv" / "bin" / "vita")}
+        subprocess.run(script, capture_output=True, check=True, env=environment)
+        lines = (tmp_path / "commands").read_text().splitlines()
+        (tmp_path / "commands").unlink()
+        return [cli.parse(line.split("\0")[2:-1]) for line in lines]
+
+    for words, model in (((), "vita_7b"), (("vita_tiny",), "vita_tiny")):
+        (table,) = started(*words)
+        assert (table.what, table.model, table.dtype) == ("all", model, "bfloat16")
+    first, full, dots = started("train")
+    assert first.what == "train" and Path(ROOT, first.model).is_file()
+    assert (full.overrides[-1], dots.overrides[-1]) == ("remat=full", "remat=dots")

@@ -1,13 +1,16 @@
 """Speed, measured beside a peer or a limit in the same run.
 
 Goes in: a `TrainConfig`. Comes out: figures of this machine, as {name: number}. Nothing here is
-asserted: times belong to a machine and a day. Read next: `flops.py`, what is counted.
+asserted: times belong to a machine and a day. Read next: `flops.py`, what is counted, and
+`bench_programs.py`, the same for what the engine runs.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import platform
 import statistics
 import tempfile
 import time
@@ -88,31 +91,86 @@ def train_beside_torch(
             "take stage 0, 3.1 or 3.2"
         )
     torch_step = {"next_token": TorchText, "codec": TorchCodec, "speech": TorchSpeech}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(num_cores)
-    os.environ |= {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # idle threads do not spin
-    cores = sorted(os.sched_getaffinity(0))[:num_cores]
-    spawn, pipes, workers = multiprocessing.get_context("spawn"), [], []
-    for kind in (OurStep, torch_step[config.objective]):
-        here, there = spawn.Pipe()
-        given = kind, configs.to_json(config), cores, there
-        workers.append(spawn.Process(target=_serve, args=given, daemon=True))
-        workers[-1].start()
-        there.close()
-        pipes.append(here)
-    first = [_ask(pipe) for pipe in pipes]
-    times = [[_ask(pipe)[0] for pipe in pipes] for _ in range(WARM_UP + num_steps)][WARM_UP:]
-    for pipe, worker in zip(pipes, workers):
-        pipe.close()
-        worker.join()
-    ours_s, torch_s = map(statistics.median, zip(*times))
+    # One conversation a row: of several, transformers would see each as a part of one.
+    makers = [
+        functools.partial(_training, kind, config)
+        for kind in (OurStep, torch_step[config.objective])
+    ]
+    runners = race(makers, num_steps, num_cores)
+    for runner in runners:
+        if isinstance(runner, Exception):
+            raise runner
+    (our_loss, ours), (torch_loss, theirs) = runners
+    ours_s, torch_s = statistics.median(ours), statistics.median(theirs)
     speech = {"speech_s": of_speech} if (of_speech := speech_s(config, full_batch(config))) else {}
     return speech | {
         "ours_s": ours_s,
         "torch_s": torch_s,
         "ratio": torch_s / ours_s,
-        "our_loss": first[0][1],
-        "torch_loss": first[1][1],
+        "our_loss": our_loss,
+        "torch_loss": torch_loss,
+    }
+
+
+def race(makers, num_calls: int, num_cores: int) -> list:
+    """Calls of several things in turn, so that whatever else the machine does meets all of them.
+    Each is a process of its own, on the CPU, pinned to the same cores.
+
+    Args:
+      makers: functions that can be pickled; each makes, in its process, a function to time and one
+        that says, after its first call, what came of it.
+      num_calls: that are timed, of each.
+      num_cores: cores (and threads) they may use.
+
+    Returns:
+      for each maker what the second function said and the seconds of each call; or the exception
+      that ended it.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(num_cores)
+    os.environ |= {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}  # idle threads do not spin
+    cores = sorted(os.sched_getaffinity(0))[:num_cores]
+    spawn, runners = multiprocessing.get_context("spawn"), []
+    for maker in makers:  # one after the other: what is measured at the start is undisturbed
+        here, there = spawn.Pipe()
+        worker = spawn.Process(target=_serve, args=(maker, cores, there), daemon=True)
+        worker.start()
+        there.close()
+        try:
+            first = here.recv()
+        except EOFError:
+            first = RuntimeError(f"{maker}: its process ended without a word")
+        runners.append((here, worker, first, []))
+    running = [runner for runner in runners if not isinstance(runner[2], Exception)]
+    for _ in range(WARM_UP + num_calls):
+        for pipe, _, _, seconds in running:
+            pipe.send(None)
+            seconds.append(answer := pipe.recv())
+            if isinstance(answer, Exception):
+                raise answer
+    for pipe, worker, _, _ in runners:
+        pipe.close()
+        worker.join()
+    return [
+        first if isinstance(first, Exception) else (first, seconds[WARM_UP:])
+        for _, _, first, seconds in runners
+    ]
+
+
+def machine() -> dict:
+    """What the figures belong to: processor, cores that may be used, device and system."""
+    import jax
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "system": platform.system(),
     }
 
 
@@ -159,8 +217,6 @@ class OurStep:
 
     def __init__(self, config: TrainConfig, segments: int = SEGMENTS):
         """Random weights on the mesh, one batch (as `full_batch`) used again and again."""
-        import functools
-
         import jax
 
         from vita_jax import train_state
@@ -178,10 +234,11 @@ class OurStep:
         shapes = train_state.state_shapes(trained, optimizer, mesh)
         shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
         begin = functools.partial(train_state.start, optimizer=optimizer)
+        boxes = trees.flatten(train_state.boxed_shapes(config))
         self._state = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(
-            _weights(config, trained)
+            weights(boxes, trained)
         )
-        self._frozen = _weights(config, frozen)
+        self._frozen = weights(boxes, frozen)
         self._batch = jax.device_put(batch, rows)
         self.tokens, self.flops = work_of(config, paths, batch)
         self.speech_s = speech_s(config, batch)
@@ -355,13 +412,11 @@ def _spoken(config, batch, size):
     return batch.replace(tokens=tokens, loss_mask=mask, text=text, text_segment_ids=ids)
 
 
-def _weights(config, shapes):
-    """Random parameters, drawn where they are to lie: a tree of arrays as `shapes` says."""
+def weights(boxes: dict, shapes):
+    """Random parameters, drawn where they are to lie: a tree of arrays as `shapes` says, from the
+    {path: box} of `boxed_shapes`.
+    """
     import jax
-
-    from vita_jax.train_state import boxed_shapes
-
-    boxes = trees.flatten(boxed_shapes(config))
 
     def draw():
         return trees.unflatten(
@@ -390,11 +445,12 @@ def _torch_weights(config, path):
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    boxes = trees.flatten(boxed_shapes(config, (path,)))
     shapes = {
         name: jax.ShapeDtypeStruct(box.value.shape, np.float32, sharding=here)
-        for name, box in trees.flatten(boxed_shapes(config, (path,))).items()
+        for name, box in boxes.items()
     }
-    tree = jax.tree.map(np.asarray, _weights(config, trees.unflatten(shapes)))
+    tree = jax.tree.map(np.asarray, weights(boxes, trees.unflatten(shapes)))
     return tree[path.split("/")[0]]
 
 
@@ -410,26 +466,29 @@ def _timed(step, number):
     return seconds
 
 
-def _serve(kind, config, cores, pipe):
-    """A process that runs a step whenever it is asked: (seconds, loss), or what went wrong."""
+def _training(kind, config):
+    """A step of training, to be called, and the loss of the first."""
+    step, losses = kind(config, segments=1), []
+    return lambda: losses.append(step()), lambda: losses[0]
+
+
+def _serve(maker, cores, pipe):
+    """A process that calls what `maker` makes whenever it is asked."""
+    import jax
+
     os.sched_setaffinity(0, cores)
+    jax.config.update("jax_platforms", "cpu")
     try:
-        # One conversation a row: of several, transformers would see each as a part of one.
-        step = kind(configs.from_json(TrainConfig, config), segments=1)
+        call, answer = maker()
+        call()
+        pipe.send(answer())
         while True:
             pipe.recv()
             start_s = time.perf_counter()
-            loss = step()
-            pipe.send((time.perf_counter() - start_s, loss))
+            call()
+            pipe.send(time.perf_counter() - start_s)
     except EOFError:
         return
     except Exception as error:
-        pipe.send(error)
-
-
-def _ask(pipe):
-    pipe.send(None)
-    answer = pipe.recv()
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        plain = isinstance(error, (ValueError, OSError, ModuleNotFoundError))
+        pipe.send(error if plain else RuntimeError(f"{type(error).__name__}: {error}"))

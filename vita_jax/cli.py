@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vita_jax import config as configs
 
+PROGRAMS = ("decode", "prefill", "encode", "prompt", "speech", "codec")  # `vita bench` knows
 SHIPPED = Path(__file__).parent / "checkpoints" / "nano"
 DESCRIPTION = """\
 VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text and speech.
@@ -30,6 +31,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita eval nano build/nano --data build/data       what it can do, against bars
   vita data codec-tokens CKPT SPEECH data/tokens    what the voice learns to say
   vita bench train configs/stage0_text.py --tiny    how fast this machine trains
+  vita bench all                                    how fast it answers, against bars
   vita info vita_7b                                 what a model is made of
 
 `vita VERB --help` tells more about a verb."""
@@ -286,10 +288,11 @@ speech come with the extra `judges`: pip install 'vita_jax[judges]'.""",
     plot = verb(
         "plot",
         _plot,
-        "draw the curves of one or several runs",
+        "draw the curves of one or several runs, or the steps of a reply",
         """
 
-RUN is the --workdir of a `vita train`. A table of first and last losses goes to the terminal.""",
+RUN is the --workdir of a `vita train`; a table of first and last losses goes to the terminal. Or
+it is the chat.json of `vita bench chat`: its steps are drawn on a time axis.""",
     )
     plot.add_argument("runs", nargs="+", metavar="RUN")
     plot.add_argument(
@@ -303,21 +306,54 @@ RUN is the --workdir of a `vita train`. A table of first and last losses goes to
         "measure speed on this machine, beside a peer or a limit",
         """
 
+Of training, MODEL is a stage file:
 train: the step of a stage on full made-up batches, beside the measured rate of matrix products;
 with --peer (text stages) beside the same step in PyTorch, both pinned to --cores and taking turns:
   vita bench train configs/stage0_text.py data.batch_size=4 data.max_tokens=512 --peer
-data: a stage's loader; with --step-s, beside devices that take so long a step.""",
+data: a stage's loader; with --step-s, beside devices that take so long a step.
+
+Of the engine, MODEL is a checkpoint (default: the one shipped) or a preset with random weights:
+decode, prefill, encode, speech, codec, prompt: a program of the engine, the bytes and operations
+that it needs, and the shares of what this machine copies and multiplies; with --peer (not encode,
+not prompt) beside PyTorch with the same weights:
+  vita bench decode --peer --cores 2
+chat: from the end of recorded questions to the first sound, step by step.
+load: one engine for 1, 2, 4 ... up to --slots users at a time.
+all: all that there is a bar for; the exit code is 1 if a bar is not met or was not measured.
+These write WHAT.json to --out; `vita plot DIR/chat.json` draws the steps of chat.""",
     )
-    bench.add_argument("what", choices=("train", "data"))
-    bench.add_argument("config", metavar="CONFIG", help="stage file")
+    bench.add_argument("what", choices=("train", "data", *PROGRAMS, "chat", "load", "all"))
+    bench.add_argument("model", nargs="?", metavar="MODEL", help="stage file, checkpoint or preset")
     bench.add_argument("overrides", nargs="*", metavar="key=value")
     bench.add_argument("--tiny", action="store_true", help="shrink the stage to a laptop")
     bench.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="steps or batches (default: 10)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps, batches or calls (default: 10, of programs 20), of chat repeats (5)",
     )
     bench.add_argument("--peer", action="store_true", help="compare with PyTorch")
-    bench.add_argument("--cores", type=int, default=1, metavar="N", help="for --peer (default: 1)")
+    bench.add_argument(
+        "--cores", type=int, metavar="N", help="for --peer and all (default: of train 1, else 2)"
+    )
     bench.add_argument("--step-s", type=float, default=0.0, metavar="S", help="for data")
+    bench.add_argument("--dtype", default="float32", help="of the engine (default: float32)")
+    bench.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="of the prompt (default: 200)"
+    )
+    bench.add_argument(
+        "--rows", type=int, default=1, metavar="N", help="conversations at a time (default: 1)"
+    )
+    bench.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="most users at a time (default: 4; of all with a preset, 16)",
+    )
+    bench.add_argument(
+        "--audio", action="append", metavar="F", help="question for chat and load, instead of ours"
+    )
+    bench.add_argument("--out", default="build/bench", metavar="DIR", help="default: build/bench")
 
     info = verb("info", _info, "the parameters of a preset or checkpoint, part by part")
     info.add_argument(
@@ -668,9 +704,16 @@ def _eval(args):
 
 
 def _plot(args):
-    from vita_jax.plot import curves
+    from vita_jax.plot import budget, curves
     from vita_jax.train_log import read_metrics
 
+    if args.runs[0].endswith(".json"):
+        report = json.loads(Path(args.runs[0]).read_text("utf-8"))
+        if report.get("what") != "chat" or len(args.runs) > 1:
+            raise ValueError(f"{args.runs[0]}: give one report of `vita bench chat`, or runs")
+        budget(report, args.out)
+        print(f"drawn: {args.out}")
+        return
     runs = {run: read_metrics(run) for run in args.runs}
     table, rising = curves(runs, args.out)
     print(*table, f"drawn: {args.out}", sep="\n")
@@ -679,15 +722,55 @@ def _plot(args):
 
 
 def _bench(args):
+    if args.what in ("train", "data"):
+        return _bench_training(args)
+    from rich.console import Console
+
+    from vita_jax import bench_all, bench_chat, bench_programs
+
+    if args.model is not None and "=" in args.model:  # a word for the preset that is not there
+        raise ValueError(f"{args.model}: name the preset first")
+    model = args.model or str(SHIPPED)
+    _check_shipped(model)
+    work = bench_programs.Work(model, tuple(args.overrides), args.dtype, args.tokens, args.rows)
+    out, cores = Path(args.out), args.cores or 2
+    questions = bench_chat.QUESTIONS
+    if args.audio:
+        questions = tuple(bench_chat.Question(file) for file in args.audio)
+    if args.what == "chat":
+        report, table = bench_chat.chat(work, questions, args.steps or 5), bench_chat.table
+    elif args.what == "load":
+        report = bench_chat.load_of_users(work, args.slots or 4, questions)
+        table = bench_chat.table
+    elif args.what == "all":
+        report, table = bench_all.run(work, args.slots, cores), bench_all.table
+    else:
+        given, table = ((args.what,), work, args.steps or 20), bench_programs.table
+        if args.peer:
+            report = bench_programs.measure_beside_torch(*given, cores)
+        else:
+            report = bench_programs.measure(*given)
+    Console().print(table(report))
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{args.what}.json"
+    file.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    print(f"written: {file}")
+    if args.what == "all":
+        return 1 if any(row["bar"] and not row["met"] for row in report["rows"]) else 0
+
+
+def _bench_training(args):
     from vita_jax import bench
 
-    config = configs.load_config(args.config, args.overrides, args.tiny)
+    if args.model is None:
+        raise ValueError(f"{args.what}: name a stage file, see configs/")
+    config, steps = configs.load_config(args.model, args.overrides, args.tiny), args.steps or 10
     if args.what == "data":
-        figures = bench.data(config, args.steps, args.step_s)
+        figures = bench.data(config, steps, args.step_s)
     elif args.peer:
-        figures = bench.train_beside_torch(config, args.steps, args.cores)
+        figures = bench.train_beside_torch(config, steps, args.cores or 1)
     else:
-        figures = bench.train(config, args.steps)
+        figures = bench.train(config, steps)
     for name, value in figures.items():
         print(f"{name:<16}{value:>14,.4g}")
 

@@ -13,17 +13,16 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from vita_jax import exam, exam_voice
+from vita_jax.bench import machine
 from vita_jax.data.sources import JsonSource
 from vita_jax.infer.engine import load
 
@@ -188,7 +187,7 @@ def run(
         "limit": limit,
         "dtype": dtype,
         "date": f"{start:%Y-%m-%d}",
-        "machine": _machine(),
+        "machine": machine(),
         "versions": _versions(),
         "rows": [],
     }
@@ -275,20 +274,6 @@ def _digits(figure):
     if figure in ("cores", "replies without sound"):
         return 0
     return 1 if figure.endswith(("%", "lost")) else 2
-
-
-def _machine():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
-        "cores": len(os.sched_getaffinity(0)),
-        "device": jax.devices()[0].device_kind,
-        "system": platform.system(),
-    }
 
 
 def _versions():

@@ -1,12 +1,15 @@
-"""How much arithmetic a step is, and how fast this machine multiplies matrices.
+"""How much arithmetic a step is, how many bytes it moves, and how fast this machine multiplies
+matrices and copies.
 
-Goes in: a model's sizes and a batch. Comes out: floating-point operations, a multiplication and an
-addition each counting as one. Only what the model needs is counted, for real tokens, tiles and
-frames: neither padding nor what is computed again in the backward pass.
+Goes in: a model's sizes and a batch, or what a program of the engine is called with. Comes out:
+floating-point operations, a multiplication and an addition each counting as one, and bytes. Only
+what the model needs is counted, for real tokens, tiles and frames: neither padding nor what is
+computed again in the backward pass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -14,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vita_jax import params as trees
 from vita_jax.batch import TEXT_TOKEN, Batch
 from vita_jax.config import VitaConfig
 from vita_jax.models.discriminators import (
@@ -84,6 +88,113 @@ def matmul_flops_per_s(dtype: str) -> float:
         product(a, a).block_until_ready()
         best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * size**3 * repeats / best_s * (jax.process_count() if on_cpu else jax.device_count())
+
+
+def copy_bytes_per_s() -> float:
+    """Measured rate at which one device reads a large array and writes it again, in place; bytes
+    read and bytes written both count. Takes about a second.
+    """
+    size = 1 << (26 if jax.default_backend() == "cpu" else 29)
+    touch = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = touch(jnp.zeros(size, jnp.float32))
+    best_s = math.inf
+    for _ in range(5):
+        x.block_until_ready()
+        start_s = time.perf_counter()
+        x = touch(x).block_until_ready()
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * x.nbytes / best_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a call has to do at least.
+
+    Attributes:
+      flops: floating-point operations of matrix products.
+      bytes: of the weights, once for every pass, and of the used part of caches.
+    """
+
+    flops: float
+    bytes: float
+
+
+def decode_cost(
+    config: VitaConfig, params, length: int, num_tokens: int, num_rows: int = 1
+) -> Cost:
+    """Writing `num_tokens` in each of `num_rows` rows that hold `length` tokens."""
+    seen = num_rows * sum(range(length + 1, length + num_tokens + 1))
+    weights = _nbytes(params["llm"], but=("embedding", "state"))
+    return Cost(
+        _llm(config, num_rows * num_tokens, seen),
+        num_tokens * weights + seen * _slot_bytes(config.llm),
+    )
+
+
+def prefill_cost(config: VitaConfig, params, num_tokens: int, span: int) -> Cost:
+    """Reading `num_tokens` embeddings into an empty row, at most `span` in a pass; no logits."""
+    c, pairs = config.llm, num_tokens * (num_tokens + 1) / 2
+    weights = _nbytes(params["llm"], but=("embedding", "state", "head"))
+    return Cost(
+        _llm(config, num_tokens, pairs) - 2 * num_tokens * c.embed_dim * c.vocab_size,
+        -(-num_tokens // span) * weights + num_tokens * _slot_bytes(c),
+    )
+
+
+def tile_cost(config: VitaConfig, params) -> Cost:
+    """Encoding a tile."""
+    return Cost(float(sum(work for _, work, _ in _vision(config, 1))), _nbytes(params["vision"]))
+
+
+def clip_cost(config: VitaConfig, params, num_frames: int, num_clips: int = 1) -> Cost:
+    """Encoding clips of `num_frames` filter-bank frames each."""
+    frames = np.full(num_clips, num_frames)
+    work = _audio(config, frames) + _adapter(config, frames)[1]
+    return Cost(work, _nbytes(params["audio"], but=("ctc",)))
+
+
+def speech_cost(
+    config: VitaConfig, params, num_text: int, num_codes: int, num_rows: int = 1
+) -> Cost:
+    """Reading `num_text` tokens with the NAR decoder and the AR decoder, a row at a time, then
+    drawing `num_codes` in all rows together.
+    """
+    c = config.speech
+    pieces = num_text * config.speech_frames_per_token
+    start, seen = pieces + 1, sum(range(pieces + 2, pieces + num_codes + 2))
+    block = 2 * c.embed_dim * (4 * c.embed_dim + 3 * c.mlp_dim)
+    nar = c.num_nar_layers * (pieces * block + 4 * pieces**2 * c.embed_dim)
+    ar = (start + num_codes) * block + 4 * (start**2 + seen) * c.embed_dim
+    head = 2 * num_codes * c.embed_dim * c.vocab_size
+    whole = _nbytes(params["speech"], but=("embedding",))
+    nar_bytes = _nbytes(params["speech"]["nar"])
+    ar_bytes = _nbytes(params["speech"]["ar"])
+    return Cost(
+        float(num_rows * (nar + c.num_layers * ar + head)),
+        num_rows * (nar_bytes + ar_bytes + seen * _slot_bytes(c)) + num_codes * (whole - nar_bytes),
+    )
+
+
+def codec_cost(config: VitaConfig, params, num_codes: int, num_rows: int = 1) -> Cost:
+    """Decoding windows of `num_codes`; of what is between the layers nothing is counted as moved,
+    of the waveform its samples.
+    """
+    samples = num_codes * config.codec.samples_per_token
+    return Cost(
+        num_rows * _codec(config.codec, samples)[1][1],
+        _nbytes(params["codec"]["decoder"]) + 4 * num_rows * samples,
+    )
+
+
+def _nbytes(params, but=()) -> int:
+    """Bytes of parameters, those left out whose path begins with a word of `but`."""
+    flat = trees.flatten(params)
+    return sum(x.size * x.dtype.itemsize for path, x in flat.items() if not path.startswith(but))
+
+
+def _slot_bytes(c) -> int:
+    """Bytes of a token in the cache of an LLM or of a speech decoder."""
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
 
 
 def _passes(parts, trained):

@@ -78,13 +78,15 @@ def speech(config: SpeechConfig):
 
     Returns:
       torch.nn.Module of (text float[B, T, D], text_mask bool[B, T], codes int64[B, S] padded with
-      `pad_id`) to logits float[B, 1 + S, V]; names are the release's.
+      `pad_id`) to logits float[B, 1 + S, V]; names are the release's. `run`, with caches, is what
+      `peer_programs.py` goes on step by step with.
     """
     import torch
     import torch.nn.functional as F
     from torch import nn
 
-    dim, heads = config.embed_dim, config.num_heads
+    dim, heads, half = config.embed_dim, config.num_heads, config.head_dim // 2
+    rates = config.rope_theta ** (-torch.arange(half) / half)
 
     def linear(inputs, outputs):
         return nn.Linear(inputs, outputs, bias=False)
@@ -100,12 +102,14 @@ def speech(config: SpeechConfig):
                 linear(dim, dim) for _ in range(4)
             )
 
-        def forward(self, x, cos, sin, mask):
+        def forward(self, x, cos, sin, mask, cache=None, at=None):
             q, k, v = (
                 project(x).unflatten(-1, (heads, -1)).transpose(1, 2)
                 for project in (self.q_proj, self.k_proj, self.v_proj)
             )
             q, k = turned(q, cos, sin), turned(k, cos, sin)
+            if cache is not None:
+                k, v = cache[0].index_copy_(2, at, k), cache[1].index_copy_(2, at, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -139,13 +143,16 @@ def speech(config: SpeechConfig):
             self.norm = nn.RMSNorm(dim, config.norm_eps)
             self.out_fnn = nn.Linear(dim, config.vocab_size)
 
-        def run(self, blocks, x, mask):
-            half = config.head_dim // 2
-            rates = config.rope_theta ** (-torch.arange(half, device=x.device) / half)
-            angles = torch.arange(x.shape[1], device=x.device)[:, None] * rates
+        def run(self, blocks, x, mask, caches=None, at=None):
+            """`caches`: of each block keys and values float[B, heads, S, H], to be written at the
+            positions `at` int64[T]; None: there is nothing before `x`, and nothing is kept.
+            """
+            at = torch.arange(x.shape[1], device=x.device) if at is None else at
+            angles = at[:, None] * rates.to(x.device)
             angles = torch.cat([angles, angles], dim=-1)
-            for block in blocks:
-                x = block(x, angles.cos(), angles.sin(), mask)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            for block, cache in zip(blocks, caches or [None] * len(blocks)):
+                x = block(x, cos, sin, mask, cache, at)
             return x
 
         def forward(self, text, text_mask, codes):

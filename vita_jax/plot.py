@@ -78,6 +78,46 @@ def _waveform(axes, samples, rate_hz, start, color, label):
     )
 
 
+def budget(report, path):
+    """Draws the steps from the end of a question to the first sound, one behind the other, each as
+    long as its median; and the two clocks, which also hold what is between the steps.
+
+    Args:
+      report: of `bench_chat.chat`.
+      path: PNG file to write, 1600 x 500 pixels.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, start = figure.subplots(), 0.0
+    rows = [
+        (step, 1e3 * row["p50_s"], 1e3 * row["p95_s"]) for step, row in report["budget"].items()
+    ]
+    for number, (_, p50, p95) in enumerate(rows):
+        axes.barh(number, p50, left=start, color=QUESTION)
+        axes.annotate(
+            f"{p50:.1f} ms (p95 {p95:.1f})", (start + p50, number), xytext=(7, 0), va="center",
+            textcoords="offset points", color=INK, fontsize=11,
+        )  # fmt: skip
+        start += p50
+    for name, colour, side, shift in (("model", ANSWER, "right", -7), ("engine", MARK, "left", 7)):
+        clock = 1e3 * report["clocks"][name]["p50_s"]
+        axes.axvline(clock, color=colour, linewidth=2)
+        axes.annotate(
+            f"{name} clock {clock:.1f} ms", (clock, -0.8), xytext=(shift, 0), ha=side, va="center",
+            textcoords="offset points", color=colour, fontsize=12,
+        )  # fmt: skip
+    longest = max(start, *(1e3 * row["p50_s"] for row in report["clocks"].values()))
+    axes.set(xlim=(0, 1.2 * longest), ylim=(len(rows), -1.2), yticks=range(len(rows)))
+    axes.set_yticklabels([step for step, _, _ in rows], fontsize=12)
+    axes.set_xlabel("milliseconds after the last sample of the question", color=INK, fontsize=13)
+    axes.set_title(f"{report['model']}, {report['machine']['device']}", loc="left", color=INK)
+    axes.spines[["right", "top"]].set_visible(False)
+    figure.savefig(path, format="png")
+
+
 # Fonts with Chinese characters, where they are installed: of Linux, macOS, Windows.
 HAN_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei",

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from vita_jax import bench, flops
 from vita_jax import bench_programs as programs
+from vita_jax import params as trees
 from vita_jax.bench_programs import Work
 from vita_jax.config import vita_7b
 from vita_jax.models.vita import boxed_shapes
@@ -108,6 +109,22 @@ def test_clips_go_together(model):
     two.call()
     assert two.amount == 7 and two.cost.flops == 2 * cost(model, "clip").flops
     assert two.answer().shape == (2, model[0].audio.num_embeddings(384), 64)
+
+
+def test_weights_of_8_bits_move_fewer_bytes(model):
+    eight = programs.model_of(dataclasses.replace(TINY, int8=True))
+    whole, kept = (trees.flatten(params) for _, params in (model, eight))
+    for path, scale in kept.items():
+        if path.endswith(".scale"):
+            weight = path.removesuffix(".scale")
+            assert kept[weight].dtype == np.int8
+            error = np.abs(kept[weight] * np.asarray(scale) - whole[weight])
+            assert (error <= 0.501 * np.asarray(scale)).all()
+    fewer = cost(model, "decode").bytes - cost(eight, "decode").bytes
+    # Once a token, of four: three bytes of each weight, less four for each channel's scale.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + HEAD
+    scales = 2 * (64 + 2 * 32 + 64 + 2 * 128 + 64) + 320
+    assert fewer == 4 * (3 * weights - 4 * scales)
 
 
 def test_refusals():

@@ -47,6 +47,8 @@ class Work:
       dtype: in which the model computes.
       num_tokens: of the prompt that is read, or that the cache holds.
       num_rows: conversations, segments, windows or clips at a time.
+      int8: whether the weights of LLM and speech decoders stay in 8 bits; of a checkpoint, those
+        that it holds so.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Work:
     dtype: str = "float32"
     num_tokens: int = 200  # a spoken question about a picture, in a small model's prompt
     num_rows: int = 1
+    int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +352,7 @@ def model_of(work: Work, parts=checkpoint.PARTS):
     if work.model not in configs.PRESETS:
         if work.overrides:
             raise ValueError(f"{work.overrides[0]}: only a preset can be overridden")
-        return checkpoint.load(work.model, dtype=work.dtype, parts=parts)
+        return checkpoint.load(work.model, dtype=work.dtype, parts=parts, int8=work.int8)
     config = configs.override(configs.PRESETS[work.model](), work.overrides)
     config = config.with_dtype(work.dtype)
     codec = config.codec and dataclasses.replace(config.codec, weight_norm=False)
@@ -364,13 +367,33 @@ def model_of(work: Work, parts=checkpoint.PARTS):
     here = jax.local_devices()[0]
     if here.platform == "cpu":  # for which XLA takes minutes to compile the draws
         drawn = {path: vita.draw(path, box, 0).astype(dtypes[path]) for path, box in boxes.items()}
-        return config, jax.device_put(trees.unflatten(drawn), here)
+        return config, _in_8_bits(work, boxes, jax.device_put(trees.unflatten(drawn), here))
     sharding = jax.sharding.SingleDeviceSharding(here)
     shapes = {
         path: jax.ShapeDtypeStruct(box.value.shape, dtypes[path], sharding=sharding)
         for path, box in boxes.items()
     }
-    return config, bench.weights(boxes, trees.unflatten(shapes))
+    return config, _in_8_bits(work, boxes, bench.weights(boxes, trees.unflatten(shapes)))
+
+
+def _in_8_bits(work, boxes, params):
+    """The parameters, as `checkpoint.load` gives those of 8 bits if `work` asks for them."""
+    if not work.int8:
+        return params
+    flat = trees.flatten(params)
+    for path in filter(checkpoint.INT8.fullmatch, list(flat)):
+        layers = boxes[path].names.count("layers")
+        axes = tuple(range(layers, layers + boxes[path].num_inputs))
+        flat[path], flat[path + checkpoint.SCALE] = _to_int8(flat.pop(path), axes)
+    return trees.unflatten(flat)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _to_int8(weight, axes):
+    """As `quantize.to_int8`, on the device."""
+    weight = weight.astype(jnp.float32)
+    scale = jnp.abs(weight).max(axis=axes, keepdims=True) / 127
+    return jnp.rint(weight / scale).astype(jnp.int8), scale
 
 
 def embeddings(config, params, num_tokens: int):

@@ -55,7 +55,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
 # The weights that may stay int8: how fast they are read limits how fast a reply is given.
-_INT8 = re.compile(r"(llm|speech)/(.*/(attn|mlp)/(q|k|v|out|gate|up|down)|head)")
+INT8 = re.compile(r"(llm|speech)/(.*/(attn|mlp)/(q|k|v|out|gate|up|down)|head)")
 # Filter banks are around 16: bfloat16 would lose their second decimal.
 _STATISTICS = "audio/encoder/cmvn/"
 _OWN_LICENCE = (
@@ -184,7 +184,7 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS, int8: bool = F
                 held = {path: np.asarray(v) for path, v in trees.flatten(held).items()}
             for path, values in held.items():
                 shape, sharding = shapes[path].shape, shardings[path]
-                if int8 and isinstance(values, Scaled) and _INT8.fullmatch(path):
+                if int8 and isinstance(values, Scaled) and INT8.fullmatch(path):
                     flat[path] = place(values.values, shape, sharding, "int8")
                     shape = values.scales.get_shape()
                     sharding = _without_ones(sharding, shape)

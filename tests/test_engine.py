@@ -111,12 +111,25 @@ def test_greedy_tokens_are_the_arg_max_of_the_whole_pass(engine):
     assert len(set(tokens)) > 1
 
 
+def said(engine):
+    """Tokens, codes and waveform of a reply that says more than its text."""
+    options = {"speak": True, "sampler": Sampler(temperature=1.0), "seed": 2}
+    session = ask(engine, "Hello", [PICTURE], SOUND, **options)
+    reply, codes, push = session.reply, [], session.reply.speaker.push
+    reply.speaker.push = lambda new: (codes.extend(new), push(new))
+    reply.speaker.segments.append("hello there")
+    (tokens,) = tokens_of(engine, session)
+    return tokens, codes, session.events[-1].reply.audio
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
 def test_meshes_say_the_same(engine, shape):
-    asked = {"text": "Hello", "images": [PICTURE], "audio": SOUND, "max_new_tokens": 8}
-    alone, together = engine.chat(**asked), make_engine(sharding.make_mesh(shape)).chat(**asked)
-    assert together.text == alone.text
-    np.testing.assert_allclose(together.audio, alone.audio, atol=1e-4)
+    (tokens, codes, audio), together = said(engine), make_engine(sharding.make_mesh(shape))
+    sharded = "tensor" in together._text.cache.k.sharding.spec
+    assert sharded and together.params["llm"]["blocks"]["mlp"]["up"].sharding.num_devices > 1
+    theirs = said(together)
+    assert (tokens, codes) == theirs[:2] and len(tokens) > 1 and len(codes) > 20
+    np.testing.assert_allclose(theirs[2], audio, atol=1e-4)
 
 
 def compiled(action):
@@ -164,6 +177,23 @@ def test_after_warming_up_nothing_is_compiled(chunk_size):
     with pytest.raises(ValueError, match="wait until it is over"):
         engine.warm_up()
     tokens_of(engine, waiting)
+
+
+def test_conversations_kept_in_8_bits_are_near(engine):
+    """Keys and values are off by half a step of 1/127 of the largest of their head, and by what
+    that makes of them from layer to layer.
+    """
+    rounded = make_engine(int8_cache=True)
+    for one in (engine, rounded):
+        (tokens,) = tokens_of(one, ask(one, "What is it?", [PICTURE], max_new_tokens=6))
+        assert len(tokens) > 1
+    exact, near = engine._text.cache, rounded._text.cache
+    assert near.k.dtype == near.v.dtype == np.int8
+    read = np.s_[:, 0, : len(engine._rows[0].keys) - 6]
+    for expected, values, scale in zip((exact.k, exact.v), (near.k, near.v), near.scales):
+        expected, got = expected[read], values[read] * scale[read]
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        assert 0.001 < error < 0.03
 
 
 def test_rows_join_and_leave(engine):

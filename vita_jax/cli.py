@@ -439,6 +439,9 @@ def _add_sizes(parser):
     parser.add_argument(
         "--int8", action="store_true", help="keep the weights of `vita quantize` in 8 bits"
     )
+    parser.add_argument(
+        "--int8-cache", action="store_true", help="keep what was read of a conversation in 8 bits"
+    )
 
 
 def _chat(args):
@@ -462,7 +465,7 @@ def _chat(args):
         "seed": args.seed,
         "sampler": Sampler(args.temperature, args.top_k, args.top_p, args.repetition_penalty),
     }
-    sizes = args.max_tokens, args.video_rate, 1, args.max_new_tokens, args.int8
+    sizes = args.max_tokens, args.video_rate, 1, args.max_new_tokens, args.int8, args.int8_cache
     keep_compiled()
     engine = load(args.checkpoint, mesh, args.dtype, *sizes)
     _say_untrained(args.checkpoint)
@@ -635,7 +638,7 @@ def _compile(args):
 
     _check_shipped(args.checkpoint)
     folder, start_s = keep_compiled(), time.perf_counter()
-    sizes = args.max_tokens, 1.0, 1, args.max_new_tokens, args.int8
+    sizes = args.max_tokens, 1.0, 1, args.max_new_tokens, args.int8, args.int8_cache
     load(args.checkpoint, _mesh(args.mesh), args.dtype, *sizes).warm_up(args.max_audio)
     seconds = time.perf_counter() - start_s
     print(f"{folder}: compiled in {seconds:.0f} s. Try: vita chat {args.checkpoint} --text hello")

@@ -44,13 +44,17 @@ class TextState:
     sampling: dict
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def init_text(config: VitaConfig, num_rows: int, num_slots: int, sampling) -> TextState:
-    """Empty rows of `num_slots` tokens each; `sampling` as `Sampler.arrays()`."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="int8")
+def init_text(
+    config: VitaConfig, num_rows: int, num_slots: int, sampling, int8: bool = False
+) -> TextState:
+    """Empty rows of `num_slots` tokens each; `sampling` as `Sampler.arrays()`, `int8` as in
+    `init_cache`.
+    """
     return TextState(
         token=jnp.zeros(num_rows, jnp.int32),
         left=jnp.zeros(num_rows, jnp.int32),
-        cache=init_llm_cache(config.llm, num_rows, num_slots),
+        cache=init_llm_cache(config.llm, num_rows, num_slots, int8),
         seen=jnp.zeros((num_rows, config.llm.vocab_size), bool),
         key=jax.random.split(jax.random.key(0), num_rows),
         sampling={name: jnp.broadcast_to(x, num_rows) for name, x in sampling.items()},
@@ -130,19 +134,20 @@ def read(config: VitaConfig, num_seen: int, params, state: TextState, row, embed
     Returns:
       the rows, and dtype[D] what the LLM makes of the last embedding.
     """
-    whole, shape = state.cache, state.cache.k.shape
-    at, size = (0, row, 0, 0, 0), (shape[0], 1, num_seen, *shape[3:])
-    k, v = (jax.lax.dynamic_slice(x, at, size) for x in (whole.k, whole.v))
-    cache = Cache(k=k, v=v, length=jnp.full(1, start))
+    whole, at = state.cache.replace(length=None), (0, row, 0, 0, 0)
+
+    def of_row(x):
+        return jax.lax.dynamic_slice(x, at, (x.shape[0], 1, num_seen, *x.shape[3:]))
+
+    cache = jax.tree.map(of_row, whole).replace(length=jnp.full(1, start))
     t = embeddings.shape[1]
     positions = start + jnp.arange(t)[None]
     hidden, cache = _llm(config, params, embeddings, positions, cache.causal_mask(t), cache)
-    whole = Cache(
-        k=jax.lax.dynamic_update_slice(whole.k, cache.k, at),
-        v=jax.lax.dynamic_update_slice(whole.v, cache.v, at),
-        length=whole.length.at[row].set(start + num),
+    cache = jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_slice(x, new, at), whole, cache.replace(length=None)
     )
-    return state.replace(cache=whole), hidden[0, num - 1]
+    length = state.cache.length.at[row].set(start + num)
+    return state.replace(cache=cache.replace(length=length)), hidden[0, num - 1]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -106,6 +106,7 @@ class Engine:
         video_rate: float = 1.0,
         num_rows: int = 1,
         max_new_tokens: int = 512,
+        int8_cache: bool = False,
     ):
         """Joins a model and its tokenizer.
 
@@ -118,6 +119,7 @@ class Engine:
           video_rate: frames of a video to look at in a second.
           num_rows: replies that can be given at a time.
           max_new_tokens: longest reply.
+          int8_cache: keep keys and values of conversations in 8 bits.
         """
         if num_rows < 1 or max_new_tokens < 1:
             raise ValueError(
@@ -144,7 +146,8 @@ class Engine:
         self._stops = np.array(sorted(self.stop_ids), np.int32)
         with self._on_mesh():
             sampling = Sampler().arrays()
-            self._text = self._placed(init_text(config, num_rows, self._num_slots, sampling))
+            args = config, num_rows, self._num_slots, sampling
+            self._text = self._placed(init_text(*args, int8=int8_cache))
             if self.speaks:
                 slots = voices.num_speech_slots(config) + CODES_PER_CALL
                 self._speech = self._placed(init_speech(config, num_rows, slots, sampling))
@@ -695,6 +698,7 @@ def load(
     num_rows: int = 1,
     max_new_tokens: int = 512,
     int8: bool = False,
+    int8_cache: bool = False,
 ) -> Engine:
     """The engine of a checkpoint folder.
 
@@ -707,6 +711,7 @@ def load(
       num_rows: replies that can be given at a time.
       max_new_tokens: longest reply.
       int8: keep the weights of a checkpoint by `vita quantize` in 8 bits (`checkpoint.load`).
+      int8_cache: keep keys and values of conversations in 8 bits.
 
     Raises:
       FileNotFoundError, ValueError: the folder is not a checkpoint, or not a whole one; or there
@@ -714,7 +719,7 @@ def load(
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
     config, params = checkpoint.load(path, mesh, dtype, int8=int8)
-    sizes = max_tokens, video_rate, num_rows, max_new_tokens
+    sizes = max_tokens, video_rate, num_rows, max_new_tokens, int8_cache
     return Engine(config, params, Tokenizer.load(path), mesh, *sizes)
 
 

@@ -139,28 +139,41 @@ class Cache:
     """Keys and values of what came before.
 
     Attributes:
-      k, v: dtype[L, B, S, K, H].
+      k, v: dtype[L, B, S, K, H], or int8.
       length: int32[B] slots in use; the next token of a row is written there.
+      scales: of int8 keys and values, float32[L, B, S, K, 1] each; else None.
     """
 
     k: jax.Array
     v: jax.Array
     length: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None = None
 
     def write(self, layer, k, v) -> Cache:
         """The cache with `k`, `v` dtype[B, T, K, H] in the next T slots of `layer`."""
         rows = jnp.arange(k.shape[0])[:, None]
         slots = self.length[:, None] + jnp.arange(k.shape[1])
-        return self.replace(
-            k=self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
-            v=self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
-        )
+
+        def put(whole, new):
+            return whole.at[layer, rows, slots].set(new.astype(whole.dtype))
+
+        if self.scales is None:
+            return self.replace(k=put(self.k, k), v=put(self.v, v))
+        (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
+        scales = put(self.scales[0], k_scale), put(self.scales[1], v_scale)
+        return self.replace(k=put(self.k, k), v=put(self.v, v), scales=scales)
 
     def read(self, layer, num_seen: int):
         """Keys and values dtype[B, S, K, H] of the first `num_seen` slots of `layer`."""
-        size = (1, self.k.shape[1], num_seen, *self.k.shape[3:])
-        k, v = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0] for x in (self.k, self.v))
-        return k, v
+
+        def seen(x):
+            size = (1, x.shape[1], num_seen, *x.shape[3:])
+            return jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0]
+
+        k, v = seen(self.k), seen(self.v)
+        if self.scales is None:
+            return k, v
+        return k * seen(self.scales[0]), v * seen(self.scales[1])
 
     def causal_mask(self, num_tokens: int, num_seen: int | None = None):
         """bool[B, 1, T, S]: the next `num_tokens` tokens see every slot up to their own, of the
@@ -170,16 +183,30 @@ class Cache:
         return jnp.arange(num_seen or self.k.shape[2]) <= query
 
 
-def init_cache(num_layers: int, batch_size: int, num_slots: int, config) -> Cache:
+def _to_int8(x):
+    """int8 of dtype[..., H], and the float32[..., 1] they are multiples of."""
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def init_cache(
+    num_layers: int, batch_size: int, num_slots: int, config, int8: bool = False
+) -> Cache:
     """An empty cache for `num_slots` tokens; `config` has num_kv_heads (or num_heads), head_dim and
-    dtype.
+    dtype. With `int8`, keys and values are rounded to 8 bits, with a scale for each token and head.
     """
     heads = getattr(config, "num_kv_heads", config.num_heads)
-    empty = nn.with_logical_constraint(
-        jnp.zeros((num_layers, batch_size, num_slots, heads, config.head_dim), config.dtype),
-        ("layers", "batch", "seq", "kv_heads", "head_dim"),
-    )
-    return Cache(k=empty, v=empty, length=jnp.zeros(batch_size, jnp.int32))
+
+    def empty(size, dtype):
+        return nn.with_logical_constraint(
+            jnp.zeros((num_layers, batch_size, num_slots, heads, size), dtype),
+            ("layers", "batch", "seq", "kv_heads", "head_dim"),
+        )
+
+    x = empty(config.head_dim, jnp.int8 if int8 else config.dtype)
+    scales = (empty(1, jnp.float32), empty(1, jnp.float32)) if int8 else None
+    return Cache(k=x, v=x, length=jnp.zeros(batch_size, jnp.int32), scales=scales)
 
 
 def stack(block, config, num_layers: int, name: str):

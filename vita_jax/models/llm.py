@@ -80,6 +80,6 @@ class Llm(nn.Module):
         return logits + self.state_bias.astype(jnp.float32)
 
 
-def init_llm_cache(config: LlmConfig, batch_size: int, num_slots: int) -> Cache:
-    """An empty cache of `num_slots` tokens a row."""
-    return init_cache(config.num_layers, batch_size, num_slots, config)
+def init_llm_cache(config: LlmConfig, batch_size: int, num_slots: int, int8: bool = False) -> Cache:
+    """An empty cache of `num_slots` tokens a row; `int8` as in `init_cache`."""
+    return init_cache(config.num_layers, batch_size, num_slots, config, int8)

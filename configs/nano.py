@@ -233,7 +233,7 @@ STAGES = {
             num_shards=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=1200,
+        num_steps=500,
     ),
 }
 

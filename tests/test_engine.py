@@ -122,14 +122,20 @@ def said(engine):
     return tokens, codes, session.events[-1].reply.audio
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
-def test_meshes_say_the_same(engine, shape):
-    (tokens, codes, audio), together = said(engine), make_engine(sharding.make_mesh(shape))
+def test_two_devices_say_the_same(engine):
+    (tokens, codes, audio), together = said(engine), make_engine(sharding.make_mesh((1, 1, 2)))
     sharded = "tensor" in together._text.cache.k.sharding.spec
     assert sharded and together.params["llm"]["blocks"]["mlp"]["up"].sharding.num_devices > 1
     theirs = said(together)
     assert (tokens, codes) == theirs[:2] and len(tokens) > 1 and len(codes) > 20
     np.testing.assert_allclose(theirs[2], audio, atol=1e-4)
+
+
+def test_four_devices_say_the_same(engine):
+    asked = {"text": "Hello", "images": [PICTURE], "audio": SOUND, "max_new_tokens": 8}
+    alone, together = engine.chat(**asked), make_engine(sharding.make_mesh((1, 2, 2))).chat(**asked)
+    assert together.text == alone.text
+    np.testing.assert_allclose(together.audio, alone.audio, atol=1e-4)
 
 
 def compiled(action):

@@ -26,6 +26,7 @@ from vita_jax.bench import machine
 from vita_jax.data.sources import JsonSource
 from vita_jax.infer.engine import load
 
+MAX_TOKENS = 768  # of a question with its pictures or its clip
 FOLDER, SAMPLES, REPORT = "eval", "samples.jsonl", "eval.json"
 LOOKING = ("count", "place", "move")
 SEEING = ("name_en", "name_zh", "easy_vqa", *LOOKING)
@@ -174,8 +175,10 @@ def run(
         raise FileNotFoundError(f"{data}: no such folder; `vita data build` makes it")
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: expected at least 1")
+    # Rows no longer than a turn needs: the whole cache goes through memory for every token.
+    sizes = {"max_tokens": MAX_TOKENS, "max_new_tokens": max(exam.MAX_NEW_TOKENS.values())}
     engines = [
-        load(folder, dtype=dtype, num_rows=exam.BATCH_SIZE) if folder else None
+        load(folder, dtype=dtype, num_rows=exam.BATCH_SIZE, **sizes) if folder else None
         for folder in (checkpoint, before)
     ]
     out.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ class Engine:
             )
         self.config, self.tokenizer, self.mesh = config, tokenizer, mesh
         # A program is compiled again for arrays that were not put anywhere.
-        self._device = None if mesh else jax.tree.leaves(params)[0].sharding
+        self._device = None if mesh else jnp.asarray(jax.tree.leaves(params)[0]).sharding
         self.params = self._placed(params)
         self.processor = Processor(config, tokenizer, max_tokens, video_rate)
         self.stop_ids = frozenset(

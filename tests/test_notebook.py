@@ -40,8 +40,14 @@ def check(space, heard):
     seen = space["seen"]
     assert seen.pieces and len(seen.weights) == len(seen.pieces)
     np.testing.assert_allclose(seen.weights.sum(axis=-1), 1, atol=1e-4)
-    assert space["engine"].params["llm"] is space["blind"].params["llm"]
-    assert space["engine"].params["vision"] is not space["blind"].params["vision"]
+    llms, eyes = (
+        {
+            space[name].params[part][leaf][last].unsafe_buffer_pointer()
+            for name in ("engine", "blind")
+        }
+        for part, leaf, last in (("llm", "norm", "scale"), ("vision", "projector", "up"))
+    )
+    assert len(llms) == 1 and len(eyes) == 2  # in memory: one language model, two pairs of eyes
     assert np.mean(space["losses"][-3:]) < space["losses"][0]
     assert len(space["plt"].get_fignums()) == 3
     space["plt"].close("all")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vita_jax.config import DataConfig, OptimConfig, vita_nano
 
-DATA, RUNS = "build/nano/data", "build/nano/runs"
+DATA, RUNS, JOINED = "build/nano/data", "build/nano/runs", "build/nano/joined"
 LATER = dict(weight_decay=0.05, b2=0.98)
 PROMPTS = 4  # trained embeddings in front of every clip, from stage 2.1b on
 
@@ -234,6 +234,32 @@ STAGES = {
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=500,
+    ),
+    # The third round, on from the model of the second (parts of two runs, joined).
+    "third_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(JOINED,),
+        trainable=EYES_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.4, "#names": 0.3, "#qa": 0.25, "easy_vqa": 0.05},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=900,
+    ),
+    "third_2_1a": dict(
+        file="stage2_1a_speech_encoder",
+        init_from=(f"{RUNS}/again_2_1a/model",),
+        data=dataclasses.replace(
+            heard({"asr": 1.0}, batch_size=8, units=f"{DATA}/units.json"),
+            max_audio_frames=200,
+            max_reject_share=0.5,
+            seed=43,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
+        num_steps=3400,
     ),
 }
 

@@ -98,6 +98,9 @@ class Spy:
     def get_slice(self, name):
         return Spy(self._inner.get_slice(name), self._read)
 
+    def get_shape(self):
+        return self._inner.get_shape()
+
     def __getitem__(self, at):
         values = self._inner[at]
         self._read.append((tuple(self._inner.get_shape()), values.shape))

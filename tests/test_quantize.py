@@ -123,7 +123,9 @@ def test_weights_multiplied_in_8_bits(folder, quantized, mesh):
     _, kept = checkpoint.load(quantized, mesh, "float32", int8=True)
     int8 = {path for path, value in trees.flatten(kept).items() if value.dtype == jnp.int8}
     assert int8 > {"llm/head", "llm/blocks/attn/out", "llm/blocks/mlp/up", "speech/ar/mlp/down"}
-    assert not any(path.startswith(("vision", "audio")) or "embedding" in path for path in int8)
+    assert int8 > {"vision/encoder/blocks/attn/qkv", "vision/projector/up"}
+    assert int8 > {"audio/encoder/blocks/attn/position", "audio/encoder/blocks/mlp/down"}
+    assert not any("embedding" in path or "codec" in path for path in int8)
     tokens = jnp.arange(24).reshape(1, 24) * 11 % 300
     ones, pieces = jnp.ones_like(tokens), jax.random.normal(jax.random.key(0), (1, 4, 16))
     batch = Batch(tokens, jnp.arange(24)[None], ones, ones)
@@ -132,10 +134,18 @@ def test_weights_multiplied_in_8_bits(folder, quantized, mesh):
         args = ones[:, :4], tokens[:, :6] % 64, jnp.arange(6)[None], ones[:, :6]
         return model.speech.logits(model.speech(pieces, *args))
 
+    def seen(model):
+        return model.encode_tiles(jax.random.normal(jax.random.key(1), (1, 1, 28, 28, 3)))
+
+    def heard(model):
+        frames = jax.random.normal(jax.random.key(2), (1, 1, 43, 80))
+        return model.encode_audio(frames, jnp.ones((1, 1, 43), bool))[0]
+
     def run(params, dtype, **how):
         return Vita(config.with_dtype(dtype)).apply({"params": params}, **how)
 
-    for how in ({"batch": batch}, {"method": spoken}):
+    methods = [{"method": method} for method in (spoken, seen, heard)]
+    for how in ({"batch": batch}, *methods):
         expected = np.asarray(run(exact, "float32", **how))
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 0.03)):

@@ -47,8 +47,7 @@ class Work:
       dtype: in which the model computes.
       num_tokens: of the prompt that is read, or that the cache holds.
       num_rows: conversations, segments, windows or clips at a time.
-      int8: whether the weights of LLM and speech decoders stay in 8 bits; of a checkpoint, those
-        that it holds so.
+      int8: whether weights stay in 8 bits, those that `checkpoint.load` keeps so.
     """
 
     model: str
@@ -367,20 +366,20 @@ def model_of(work: Work, parts=checkpoint.PARTS):
     here = jax.local_devices()[0]
     if here.platform == "cpu":  # for which XLA takes minutes to compile the draws
         drawn = {path: vita.draw(path, box, 0).astype(dtypes[path]) for path, box in boxes.items()}
-        return config, _in_8_bits(work, boxes, jax.device_put(trees.unflatten(drawn), here))
+        params = jax.device_put(trees.unflatten(drawn), here)
+        return config, in_8_bits(config, params) if work.int8 else params
     sharding = jax.sharding.SingleDeviceSharding(here)
     shapes = {
         path: jax.ShapeDtypeStruct(box.value.shape, dtypes[path], sharding=sharding)
         for path, box in boxes.items()
     }
-    return config, _in_8_bits(work, boxes, bench.weights(boxes, trees.unflatten(shapes)))
+    params = bench.weights(boxes, trees.unflatten(shapes))
+    return config, in_8_bits(config, params) if work.int8 else params
 
 
-def _in_8_bits(work, boxes, params):
-    """The parameters, as `checkpoint.load` gives those of 8 bits if `work` asks for them."""
-    if not work.int8:
-        return params
-    flat = trees.flatten(params)
+def in_8_bits(config, params):
+    """The parameters, all or of some parts, as `checkpoint.load` gives those of 8 bits."""
+    boxes, flat = trees.flatten(vita.boxed_shapes(config)), trees.flatten(params)
     for path in filter(checkpoint.INT8.fullmatch, list(flat)):
         layers = boxes[path].names.count("layers")
         axes = tuple(range(layers, layers + boxes[path].num_inputs))

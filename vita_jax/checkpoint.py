@@ -19,6 +19,7 @@ Read next: `release.py`, then `infer/engine.py`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,6 @@ import re
 import shutil
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import ml_dtypes  # gives NumPy the bfloat16 that safetensors looks for
 import numpy as np
@@ -54,8 +54,9 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
-# The weights that may stay int8: how fast they are read limits how fast a reply is given.
-INT8 = re.compile(r"(llm|speech)/(.*/(attn|mlp)/(q|k|v|out|gate|up|down)|head)")
+# The weights that may stay int8, all that `layers.product` multiplies by: how fast those of the
+# decoders are read limits how fast a reply is given.
+INT8 = re.compile(r"\w+/(.*(attn|mlp|projector)/(q|k|v|qkv|position|out|gate|up|down)|head)")
 # Filter banks are around 16: bfloat16 would lose their second decimal.
 _STATISTICS = "audio/encoder/cmvn/"
 _OWN_LICENCE = (
@@ -146,8 +147,8 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS, int8: bool = F
       mesh: each device gets its shard and reads only that; None is one device.
       dtype: "float32", "bfloat16" or "float16".
       parts: those of the model that are wanted.
-      int8: keep weights of 8 bits, of the blocks and heads of LLM and speech decoders, as they are;
-        their scales are beside them, NAME.scale.
+      int8: keep weights of 8 bits, of attention, MLPs, projector and heads, as they are; their
+        scales are beside them, NAME.scale.
 
     Returns:
       The config as it is computed with, and the parameters: nested dict of jax.Array.
@@ -161,17 +162,15 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS, int8: bool = F
     if config.codec is not None:
         codec = dataclasses.replace(config.codec, weight_norm=False)
         config = dataclasses.replace(config, codec=codec)
-    boxed = vita.boxed_shapes(config)
-    shapes = trees.flatten(nn.unbox(boxed))
     if mesh is None:
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = dict.fromkeys(shapes, one_device)
+        shardings = collections.defaultdict(lambda: one_device)
     else:
-        shardings = trees.flatten(param_shardings(boxed, mesh))
+        shardings = trees.flatten(param_shardings(vita.boxed_shapes(config), mesh))
 
-    def place(values, shape, sharding, to):
-        read = lambda at: values[at].astype(to)  # noqa: E731
-        return jax.make_array_from_callback(tuple(shape), sharding, read)
+    def place(values, sharding, to):
+        shape = tuple(_shape(values))
+        return jax.make_array_from_callback(shape, sharding, lambda at: values[at].astype(to))
 
     flat = {}
     for part, file in files.items():
@@ -181,20 +180,24 @@ def load(folder, mesh=None, dtype: str = "bfloat16", parts=PARTS, int8: bool = F
             held = {f"{part}/{name}": values for name, values in tensors.items()}
             if part == "codec":
                 held = fold_weight_norm(trees.unflatten({p: v[:] for p, v in held.items()}))
-                held = {path: np.asarray(v) for path, v in trees.flatten(held).items()}
+                held = trees.flatten(held)
             for path, values in held.items():
-                shape, sharding = shapes[path].shape, shardings[path]
+                sharding = shardings[path]
                 if int8 and isinstance(values, Scaled) and INT8.fullmatch(path):
-                    flat[path] = place(values.values, shape, sharding, "int8")
-                    shape = values.scales.get_shape()
-                    sharding = _without_ones(sharding, shape)
-                    flat[path + SCALE] = place(values.scales, shape, sharding, "float32")
+                    flat[path] = place(values.values, sharding, "int8")
+                    sharding = _without_ones(sharding, values.scales.get_shape())
+                    flat[path + SCALE] = place(values.scales, sharding, "float32")
                 else:
                     to = "float32" if path.startswith(("codec/", _STATISTICS)) else dtype
-                    flat[path] = place(values, shape, sharding, to)
+                    flat[path] = place(values, sharding, to)
     if int8 and not any(path.endswith(SCALE) for path in flat):
         raise ValueError(f"{folder}: no weights of 8 bits in it; `vita quantize` makes them")
     return config, trees.unflatten(flat)
+
+
+def _shape(values):
+    """Of an array, or of a slice of a file."""
+    return values.shape if isinstance(values, np.ndarray) else values.get_shape()
 
 
 def _without_ones(sharding, shape):

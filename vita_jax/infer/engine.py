@@ -692,7 +692,7 @@ def _common(a, b) -> int:
 def load(
     path,
     mesh=None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     max_tokens: int | None = None,
     video_rate: float = 1.0,
     num_rows: int = 1,
@@ -706,6 +706,7 @@ def load(
       path: folder made by `vita init`, `vita convert` or training.
       mesh: (data, fsdp, tensor) sizes or a Mesh to spread the model over; None is one device.
       dtype: "float32", "bfloat16" or "float16"; norms, softmax, logits and the codec stay float32.
+        None is float32 on CPUs, which are slower in 16 bits, and bfloat16 elsewhere.
       max_tokens: longest prompt, up to the LLM's positions; None is the checkpoint's.
       video_rate: frames of a video to look at in a second (4 to 16 in all).
       num_rows: replies that can be given at a time.
@@ -718,6 +719,7 @@ def load(
         are no weights of 8 bits to keep.
     """
     mesh = make_mesh(mesh) if isinstance(mesh, (tuple, list)) else mesh
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config, params = checkpoint.load(path, mesh, dtype, int8=int8)
     sizes = max_tokens, video_rate, num_rows, max_new_tokens, int8_cache
     return Engine(config, params, Tokenizer.load(path), mesh, *sizes)

@@ -22,6 +22,7 @@ from vita_jax.models.layers import (
     bias,
     gelu,
     init_cache,
+    product,
     stack,
     weight,
 )
@@ -336,11 +337,8 @@ class AudioAttention(nn.Module):
         d, n, h = self.config.embed_dim, self.config.num_heads, self.config.head_dim
 
         def project(name, y):
-            return jnp.einsum(
-                "...TD,DNH->...TNH",
-                y,
-                weight(self, name, (d, n, h), ("embed", "heads", "head_dim")).astype(x.dtype),
-            )
+            kernel = weight(self, name, (d, n, h), ("embed", "heads", "head_dim"))
+            return product(self, name, "...TD,DNH->...TNH", y, kernel)
 
         def shift(name):
             return bias(self, name, (n, h), ("heads", "head_dim")).astype(x.dtype)
@@ -368,7 +366,7 @@ class AudioAttention(nn.Module):
         probabilities = jnp.where(mask, probabilities, 0).astype(x.dtype)
         y = jnp.einsum("BNTS,BSNH->BTNH", probabilities, values.astype(x.dtype))
         out = weight(self, "out", (n, h, d), ("heads", "head_dim", "embed"), num_inputs=2)
-        y = jnp.einsum("BTNH,NHD->BTD", y, out.astype(x.dtype))
+        y = product(self, "out", "BTNH,NHD->BTD", y, out)
         return y + bias(self, "out_bias", (d,), ("act_embed",)).astype(x.dtype), cache
 
 

@@ -380,7 +380,9 @@ def quantize(x, codebook, config: CodecConfig):
 
 
 def fold_weight_norm(params: dict) -> dict:
-    """The tree that `weight_norm=False` reads: every {g, v} becomes the {kernel} it stands for."""
+    """The tree that `weight_norm=False` reads: every {g, v} becomes the {kernel} it stands for; of
+    NumPy arrays or JAX's, float32 in either case.
+    """
     if "v" in params:
         rest = {name: leaf for name, leaf in params.items() if name not in ("g", "v")}
         return {"kernel": _fold(params["g"], params["v"]), **rest}
@@ -388,11 +390,8 @@ def fold_weight_norm(params: dict) -> dict:
 
 
 def _fold(g, v):
-    return g / _length(v) * v
-
-
-def _length(v):
-    return jnp.sqrt(jnp.sum(v.astype(jnp.float32) ** 2, axis=(0, 1)))
+    g, v = g.astype("float32"), v.astype("float32")
+    return g / (v**2).sum(axis=(0, 1)) ** 0.5 * v
 
 
 def _valid(x, lengths):

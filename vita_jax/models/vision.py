@@ -14,7 +14,7 @@ import numpy as np
 
 from vita_jax.config import VisionConfig
 from vita_jax.models.attention import attention
-from vita_jax.models.layers import ACTIVATIONS, LayerNorm, bias, gelu, stack, weight
+from vita_jax.models.layers import ACTIVATIONS, LayerNorm, bias, gelu, product, stack, weight
 
 
 class Vision(nn.Module):
@@ -127,11 +127,10 @@ class VisionAttention(nn.Module):
         d, n, h = self.config.embed_dim, self.config.num_heads, self.config.head_dim
         qkv = weight(self, "qkv", (d, 3, n, h), ("embed", None, "heads", "head_dim"))
         shift = bias(self, "qkv_bias", (3, n, h), (None, "heads", "head_dim"))
-        q, k, v = jnp.moveaxis(
-            jnp.einsum("BTD,DcNH->BTcNH", x, qkv.astype(x.dtype)) + shift.astype(x.dtype), 2, 0
-        )
+        y = product(self, "qkv", "BTD,DcNH->BTcNH", x, qkv) + shift.astype(x.dtype)
+        q, k, v = jnp.moveaxis(y, 2, 0)
         out = weight(self, "out", (n, h, d), ("heads", "head_dim", "embed"), num_inputs=2)
-        y = jnp.einsum("BTNH,NHD->BTD", attention(q, k, v, None), out.astype(x.dtype))
+        y = product(self, "out", "BTNH,NHD->BTD", attention(q, k, v, None), out)
         return y + bias(self, "out_bias", (d,), ("act_embed",)).astype(x.dtype)
 
 
@@ -161,14 +160,14 @@ def two_layers(module, x, dims, activation=gelu):
     """`module`'s up and down projections of `dims` (in, hidden, out), with biases, `activation`
     between.
     """
-    up = weight(module, "up", dims[:2], ("embed", "mlp"))
-    down = weight(module, "down", dims[1:], ("mlp", "embed"))
-    x = activation(
-        x @ up.astype(x.dtype) + bias(module, "up_bias", dims[1:2], ("mlp",)).astype(x.dtype)
-    )
-    return x @ down.astype(x.dtype) + bias(module, "down_bias", dims[2:], ("act_embed",)).astype(
-        x.dtype
-    )
+
+    def layer(name, x, shape, axes, act_axis):
+        kernel = weight(module, name, shape, axes)
+        shift = bias(module, name + "_bias", shape[1:], (act_axis,))
+        return product(module, name, "...D,DF->...F", x, kernel) + shift.astype(x.dtype)
+
+    x = activation(layer("up", x, dims[:2], ("embed", "mlp"), "mlp"))
+    return layer("down", x, dims[1:], ("mlp", "embed"), "act_embed")
 
 
 def pixel_shuffle(x):

@@ -261,6 +261,43 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
         num_steps=3400,
     ),
+    "third_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(JOINED, rf"audio/encoder/.*={RUNS}/third_2_1a/model"),
+        data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=240, max_reject_share=0.5),
+        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
+        num_steps=400,
+    ),
+    "third_2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/third_1_2/model", rf"audio/.*={RUNS}/third_2_1b/model"),
+        trainable=(*EYES_AND_WORDS, r"audio/.*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.38, "#names": 0.2, "easy_vqa": 0.07, "asr": 0.3, "noise": 0.05},
+                max_tiles=6,
+                spoken_share=0.8,
+            ),
+            max_tokens=320,
+            max_audio_frames=280,
+            max_reject_share=0.3,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
+        num_steps=340,
+    ),
+    "third_3_2": dict(
+        file="stage3_2_speech_decoder",
+        init_from=(JOINED,),
+        data=DataConfig(
+            mixture={f"{DATA}/codec_tokens_again": 1.0},
+            batch_size=8,
+            max_tokens=384,
+            num_shards=8,
+            seed=43,
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=750,
+    ),
 }
 
 

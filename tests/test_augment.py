@@ -30,13 +30,14 @@ def test_speed_changes_length_and_pitch():
 
 
 def test_silence_around_speech_is_cut():
-    speech = np.concatenate([np.zeros(8000, np.float32), tone(440), np.zeros(16000, np.float32)])
+    silence = np.zeros(24000, np.float32)
+    speech = np.concatenate([silence, tone(440), silence])
     lengths = [
         len(Augment().waveform(speech, np.random.default_rng(seed))) / 16000 for seed in range(60)
     ]
-    whole = sum(length > 2.2 for length in lengths)  # 2.5 s, at some speed
-    assert 4 <= whole <= 22
-    assert all(0.9 < length < 1.8 for length in lengths if length <= 2.2)
+    whole = sum(length > 3 for length in lengths)  # 4 s, at some speed
+    assert 8 <= whole <= 30
+    assert all(0.9 < length < 2.5 for length in lengths if length <= 3)
 
 
 @pytest.mark.parametrize("snr_db", [0.0, 10.0])

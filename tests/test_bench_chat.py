@@ -138,6 +138,18 @@ def test_bars_of_a_checkpoint(torch, monkeypatch, report):
     json.dumps(found)
 
 
+def test_an_hour_is_told_in_tenths():
+    found = bench_chat.hour(TINY, QUESTIONS[:1], minutes=0.6)
+    rows = found["rows"]
+    ends = [row["minutes"] for row in rows]
+    assert len(rows) == 10 and ends == sorted(ends)
+    assert 0.6 <= ends[-1] < 0.7
+    assert all(end >= 0.06 * (i + 1) for i, end in enumerate(ends))
+    assert all(0 < row["p50_s"] <= row["p95_s"] and row["turns"] for row in rows)
+    assert rows[-1]["tokens"] > rows[0]["tokens"] > 0 and rows[0]["memory_mb"] > 100
+    assert bench_chat.table(found).row_count == 10
+
+
 def test_commands(monkeypatch, tmp_path, capsys):
     words = ["--dtype", "float32", "--tokens", "20", "--steps", "1", "--out", str(tmp_path)]
     limits = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}

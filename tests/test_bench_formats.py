@@ -20,7 +20,7 @@ def test_divergence_of_two_distributions():
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats") / "tiny"
-    checkpoint.initialize(folder, "vita_tiny")
+    checkpoint.initialize("vita_tiny", folder)
     few = QUESTIONS[2:]
     return {
         "preset": bench_formats.formats(Work("vita_tiny", num_tokens=40)),

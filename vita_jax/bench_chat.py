@@ -15,14 +15,19 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
+import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from vita_jax import bench
@@ -38,6 +43,8 @@ SAMPLES = Path(__file__).parent / "samples"
 PIECE_S = 0.1  # of sound that arrives at a time
 PIECE_SAMPLES = round(PIECE_S * SAMPLE_RATE_HZ)
 STAGGER_S = 2.0  # in which users begin one after the other
+TENTHS = 10  # that an hour is reported in
+KB_MAXRSS = 1 / 1024 if sys.platform == "darwin" else 1  # what `ru_maxrss` counts
 MAX_NEW_TOKENS = 40
 FORCED_TOKENS = 9  # that a model with random weights writes: a state token and eight of text
 LISTENING = "while listening"
@@ -187,8 +194,45 @@ def load_of_users(
     return {"what": "load", "rows": rows} | _about(work)
 
 
+def hour(work: Work, questions=QUESTIONS, minutes: float = 60.0, engine=None) -> dict:
+    """One conversation of `minutes`, in which the questions are asked again and again; what would
+    be spoken and listened to takes no time, but counts.
+
+    Args:
+      work: the model.
+      questions: to ask.
+      minutes: of sound, questions and replies together.
+      engine: of `work`; None makes one.
+
+    Returns:
+      a report: `rows`, objects for each tenth of the conversation with minutes (up to its end),
+      turns, p50_s and p95_s of the engine clock, tokens of what is remembered of the conversation,
+      and memory_mb, the most that the process has had; dtype, model and machine.
+    """
+    engine, options = engine or engine_of(work), _options(work)
+    for question in questions:
+        _ask(engine, question, options)
+    session, asked, turns = engine.session(**options), itertools.cycle(questions), []
+    rows, spoken_s = [], 0.0
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("minutes talked", total=minutes)
+        while len(rows) < TENTHS:
+            pieces = _begin(session, next(asked))
+            turns.append(_answered(engine, session, pieces))
+            spoken_s += sum(map(len, pieces)) / SAMPLE_RATE_HZ + turns[-1].sound_s
+            progress.update(bar, completed=spoken_s / 60)
+            if spoken_s / 60 < minutes * (len(rows) + 1) / TENTHS:
+                continue
+            clocks = _percentiles([turn.first_s for turn in turns if turn.first_s is not None])
+            memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KB_MAXRSS / 1e3
+            size = {"tokens": len(session.prompt().tokens), "memory_mb": memory_mb}
+            rows.append({"minutes": spoken_s / 60, "turns": len(turns)} | clocks | size)
+            turns = []
+    return {"what": "hour", "rows": rows} | _about(work)
+
+
 def table(report: dict) -> Table:
-    """The report of `chat` or of `load_of_users`, to be printed."""
+    """The report of `chat`, `load_of_users` or `hour`, to be printed."""
     machine = report["machine"]
     shown = Table(
         title=f"{report['model']}, {report['dtype']}",
@@ -203,6 +247,14 @@ def table(report: dict) -> Table:
             shown.add_column(name, justify="right")
         for row in report["rows"]:
             shown.add_row(*(f"{row[key]:.3g}" for key in keys))
+        return shown
+    if report["what"] == "hour":
+        for name in ("minutes", "turns", "p50 s", "p95 s", "tokens kept", "MB, most"):
+            shown.add_column(name, justify="right")
+        for row in report["rows"]:
+            times = (f"{row['p50_s']:.3f}", f"{row['p95_s']:.3f}")
+            sizes = (str(row["tokens"]), f"{row['memory_mb']:.0f}")
+            shown.add_row(f"{row['minutes']:.1f}", str(row["turns"]), *times, *sizes)
         return shown
     for name in ("ms", "p50", "p95", LISTENING):
         shown.add_column(name, justify="left" if name == "ms" else "right")
@@ -247,16 +299,26 @@ def _open(engine, question, options):
     words = " word" * (question.history // len(engine.tokenizer.encode(" word")))
     history = (Turn(text=words, reply="word"),) if words else ()
     session = engine.session(history=history, **options)
+    return session, _begin(session, question)
+
+
+def _begin(session, question):
+    """Shows the picture of the question; gives the pieces of its sound."""
     if question.image is not None:
         session.push_image(question.image)
     given = question.audio
     samples = given if isinstance(given, np.ndarray) else _samples(given)
-    return session, np.split(samples, range(PIECE_SAMPLES, len(samples), PIECE_SAMPLES))
+    return np.split(samples, range(PIECE_SAMPLES, len(samples), PIECE_SAMPLES))
 
 
 def _ask(engine, question, options, whole=True):
     """A turn, broken off at its first sound unless it is asked for as a `whole`."""
-    session, (*pieces, last) = _open(engine, question, options)
+    return _answered(engine, *_open(engine, question, options), whole)
+
+
+def _answered(engine, session, pieces, whole=True):
+    """A turn whose sound comes in these pieces."""
+    *pieces, last = pieces
     for piece in pieces:
         session.push_audio(piece)
         while engine.step():

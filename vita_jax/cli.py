@@ -322,11 +322,12 @@ not prompt) beside PyTorch with the same weights:
   vita bench decode --peer --cores 2
 chat: from the end of recorded questions to the first sound, step by step.
 load: one engine for 1, 2, 4 ... up to --slots users at a time.
+hour: one conversation of an hour of sound, waiting left out: is it as quick at its end?
 formats: what bfloat16 and 8 bits change of what may come next, beside float32.
 all: all that there is a bar for; the exit code is 1 if a bar is not met or was not measured.
 These write WHAT.json to --out; `vita plot DIR/chat.json` draws the steps of chat.""",
     )
-    kinds = ("train", "data", *PROGRAMS, "chat", "load", "formats", "all")
+    kinds = ("train", "data", *PROGRAMS, "chat", "load", "hour", "formats", "all")
     bench.add_argument("what", choices=kinds)
     bench.add_argument("model", nargs="?", metavar="MODEL", help="stage file, checkpoint or preset")
     bench.add_argument("overrides", nargs="*", metavar="key=value")
@@ -756,6 +757,8 @@ def _bench(args):
     elif args.what == "load":
         report = bench_chat.load_of_users(work, args.slots or 4, questions)
         table = bench_chat.table
+    elif args.what == "hour":
+        report, table = bench_chat.hour(work, questions), bench_chat.table
     elif args.what == "formats":
         report, table = bench_formats.formats(work, questions), bench_formats.table
     elif args.what == "all":

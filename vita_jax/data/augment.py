@@ -15,8 +15,8 @@ from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, resample, trim
 
 SPEEDS = (0.9, 1.0, 1.1)  # Source: Ko et al. 2015, Audio Augmentation for Speech Recognition
 SNR_DB = (5.0, 20.0)  # speech over noise, drawn evenly; ours
-TRIMMED_SHARE = 0.8  # of clips whose silence is cut; ours
-LONGEST_SILENCE_S = 0.3  # that is then left at either end; ours
+TRIMMED_SHARE = 0.7  # of clips whose silence is cut; ours
+LONGEST_SILENCE_S = 0.6  # that is then left at either end; ours
 NOISE_SHARE = 0.5  # of clips that get noise, if there is any; ours
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3")
 # Gaps: how many, and the longest. Source: WeNet's recipes, `spec_aug`.

@@ -285,19 +285,6 @@ STAGES = {
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
         num_steps=340,
     ),
-    "third_3_2": dict(
-        file="stage3_2_speech_decoder",
-        init_from=(JOINED,),
-        data=DataConfig(
-            mixture={f"{DATA}/codec_tokens_again": 1.0},
-            batch_size=8,
-            max_tokens=384,
-            num_shards=8,
-            seed=43,
-        ),
-        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=750,
-    ),
 }
 
 

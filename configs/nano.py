@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vita_jax.config import DataConfig, OptimConfig, vita_nano
 
-DATA, RUNS, JOINED = "build/nano/data", "build/nano/runs", "build/nano/joined"
+DATA, RUNS = "build/nano/data", "build/nano/runs"
 LATER = dict(weight_decay=0.05, b2=0.98)
 PROMPTS = 4  # trained embeddings in front of every clip, from stage 2.1b on
 
@@ -235,10 +235,10 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=500,
     ),
-    # The third round, on from the model of the second (parts of two runs, joined).
+    # The third round sees and hears more, on from the model of the second.
     "third_1_2": dict(
         file="stage1_2_vision_understanding",
-        init_from=(JOINED,),
+        init_from=(f"{RUNS}/again_3_2/model",),
         trainable=EYES_AND_WORDS,
         data=seen(
             {"#mosaics": 0.4, "#names": 0.3, "#qa": 0.25, "easy_vqa": 0.05},
@@ -263,7 +263,10 @@ STAGES = {
     ),
     "third_2_1b": dict(
         file="stage2_1b_speech_adapter",
-        init_from=(JOINED, rf"audio/encoder/.*={RUNS}/third_2_1a/model"),
+        init_from=(
+            f"{RUNS}/again_3_2/model",
+            rf"audio/encoder/.*={RUNS}/third_2_1a/model",
+        ),
         data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=240, max_reject_share=0.5),
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
         num_steps=400,

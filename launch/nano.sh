@@ -35,6 +35,11 @@ for stage in again_1_2 again_2_1a again_2_1b again_2_2 again_3_1; do
 done
 tokens $runs/again_3_1 $answering codec_tokens_again
 train again_3_2 $runs/again_3_2
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/again_3_2/model build/nano/model
+
+# The third sees and hears more; the voice stays as it is.
+for stage in third_1_2 third_2_1a third_2_1b third_2_2; do
+    train $stage $runs/$stage
+done
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/third_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/again_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/third_1_2/model --out build/nano/eval

@@ -167,7 +167,7 @@ def answers(rows, path):
             # A reply may hold "$": it is words, not mathematics.
             says = {"color": INK, "family": family, "parse_math": False}
             axes.set_title(_wrap(text, 54), loc="left", fontsize=17, pad=10, **says)
-            axes.text(0, -1.4, note, fontsize=11, **says)
+            axes.text(0, -1.4, note, fontsize=9, **says)
     for axes in panels[-1, 1:]:
         axes.set_xlabel("seconds", color=INK)
     with warnings.catch_warnings():

@@ -150,6 +150,13 @@ def test_an_hour_is_told_in_tenths():
     assert bench_chat.table(found).row_count == 10
 
 
+def test_an_hour_of_silence_is_refused(monkeypatch):
+    silent = bench_chat._Turn(0.0)
+    monkeypatch.setattr(bench_chat, "_answered", lambda *args: silent)
+    with pytest.raises(ValueError, match="vita_tiny: no reply had sound"):
+        bench_chat.hour(TINY, QUESTIONS[:1], minutes=0.1)
+
+
 def test_commands(monkeypatch, tmp_path, capsys):
     words = ["--dtype", "float32", "--tokens", "20", "--steps", "1", "--out", str(tmp_path)]
     limits = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}

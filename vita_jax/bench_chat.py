@@ -208,6 +208,10 @@ def hour(work: Work, questions=QUESTIONS, minutes: float = 60.0, engine=None) ->
       a report: `rows`, objects for each tenth of the conversation with minutes (up to its end),
       turns, p50_s and p95_s of the engine clock, tokens of what is remembered of the conversation,
       and memory_mb, the most that the process has had; dtype, model and machine.
+
+    Raises:
+      FileNotFoundError, ValueError: a model without a voice, input that cannot be used, or a tenth
+        without a sound.
     """
     engine, options = engine or engine_of(work), _options(work)
     for question in questions:
@@ -223,10 +227,14 @@ def hour(work: Work, questions=QUESTIONS, minutes: float = 60.0, engine=None) ->
             progress.update(bar, completed=spoken_s / 60)
             if spoken_s / 60 < minutes * (len(rows) + 1) / TENTHS:
                 continue
-            clocks = _percentiles([turn.first_s for turn in turns if turn.first_s is not None])
+            clocks = [turn.first_s for turn in turns if turn.first_s is not None]
+            if not clocks:
+                raise ValueError(f"{work.model}: no reply had sound; give other questions")
             memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KB_MAXRSS / 1e3
             size = {"tokens": len(session.prompt().tokens), "memory_mb": memory_mb}
-            rows.append({"minutes": spoken_s / 60, "turns": len(turns)} | clocks | size)
+            rows.append(
+                {"minutes": spoken_s / 60, "turns": len(turns), **_percentiles(clocks)} | size
+            )
             turns = []
     return {"what": "hour", "rows": rows} | _about(work)
 

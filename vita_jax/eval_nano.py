@@ -178,11 +178,11 @@ def run(
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit}: expected at least 1")
     # Rows no longer than a turn needs: the whole cache goes through memory for every token.
-    sizes = {"max_tokens": MAX_TOKENS, "max_new_tokens": max(exam.MAX_NEW_TOKENS.values())}
-    sizes |= {"num_rows": exam.BATCH_SIZE, "int8_cache": int8_cache}
-    engines = [
-        load(folder, dtype=dtype, **sizes) if folder else None for folder in (checkpoint, before)
-    ]
+    options = {
+        "dtype": dtype, "max_tokens": MAX_TOKENS, "num_rows": exam.BATCH_SIZE,
+        "max_new_tokens": max(exam.MAX_NEW_TOKENS.values()), "int8_cache": int8_cache,
+    }  # fmt: skip
+    engines = [load(folder, **options) if folder else None for folder in (checkpoint, before)]
     dtype = engines[0].config.llm.dtype
     out.mkdir(parents=True, exist_ok=True)
     examined = exam.Exam(*engines, str(checkpoint), dtype, data, out, progress)

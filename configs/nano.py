@@ -288,6 +288,28 @@ STAGES = {
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
         num_steps=340,
     ),
+    # The fourth sees better: pictures are first told apart by their words, without the LLM.
+    "fourth_1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/third_1_2/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=seen({"#views": 0.85, "#captions": 0.15}, "views-held_out", 8, 320, 8),
+        optim=OptimConfig(learning_rate=1.3e-3, muon_rate=4e-3, **LATER),
+        num_steps=1700,
+    ),
+    "fourth_3_2": dict(
+        file="stage3_2_speech_decoder",
+        init_from=(f"{RUNS}/again_3_2/model",),
+        data=DataConfig(
+            mixture={f"{DATA}/codec_tokens_fourth": 1.0},
+            batch_size=8,
+            max_tokens=384,
+            num_shards=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1600,
+    ),
 }
 
 

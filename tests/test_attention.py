@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vita_jax.models.attention import Segments, attention, conversation_mask, splash
+from vita_jax.models.attention import (
+    Segments,
+    Slots,
+    attention,
+    conversation_mask,
+    splash,
+    splash_slots,
+)
 from vita_jax.sharding import make_mesh
 
 SEGMENTS = np.zeros((4, 200), np.int32)  # not a whole number of the kernel's blocks
@@ -61,6 +68,22 @@ def test_blocks_equal_dense_mask():
     np.testing.assert_allclose(y, expected, atol=2e-6)
     for ours, theirs in zip(grads, expected_grads):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, seen", [(130, 200), (128, 128), (5, 7)])
+def test_kernel_over_slots_equals_dense_mask(length, seen):
+    q, k, v, _ = draw(num_heads=4, num_kv_heads=2, head_dim=16)
+    q, k, v = q[:3, :length], k[:3, :seen], v[:3, :seen]
+    start = jnp.array([0, seen - length, (seen - length) // 2])  # nothing was read before, to all
+    who = np.arange(seen) <= (start[:, None] + np.arange(length))[:, :, None]
+    expected = attention(q, k, v, jnp.asarray(who)[:, None])
+    slots = jax.jit(lambda *arrays: attention(*arrays, Slots(start, (length, seen))))(q, k, v)
+    np.testing.assert_allclose(slots, expected, atol=2e-6)
+    kernel = jax.jit(lambda *arrays: splash_slots(*arrays, start, interpret=True))
+    np.testing.assert_allclose(kernel(q, k, v), expected, atol=2e-6)
+    if seen > length:
+        with jax.set_mesh(make_mesh((1, 2, 2))):
+            np.testing.assert_allclose(kernel(q, k, v), expected, atol=2e-6)
 
 
 CASES = {"dense": conversation_mask, "packed": Segments, "all": lambda ids: None}

@@ -20,12 +20,15 @@ from vita_jax import feed, objectives, tables
 from vita_jax import params as trees
 from vita_jax.config import load_config, override
 from vita_jax.data import prompts, synthetic
+from vita_jax.data.collate import collate
 from vita_jax.losses import (
     STATE_WEIGHTS,
+    TEMPERATURE,
     ctc_loss,
     ctc_read,
     ctc_targets,
     edit_distance,
+    match_pairs,
     next_token_loss,
     next_token_targets,
     of_conversations,
@@ -92,6 +95,65 @@ def test_targets_stay_in_their_conversation():
         weights, [[0, 1, 0, 1, 0, 0]]
     )  # 8 starts one, so none predicts it
     np.testing.assert_array_equal(targets[weights > 0], [7, 9])
+
+
+def test_matched_pairs_are_cosines_both_ways():
+    rng = np.random.default_rng(0)
+    pictures, words = rng.standard_normal((2, 6, D)).astype(np.float32)
+    real = np.array([1, 1, 0, 1, 1, 0], bool)
+    a, b = pictures[real], words[real] - words[real].mean(axis=0)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    scores = a @ b.T / TEMPERATURE
+    both = [
+        optax.softmax_cross_entropy_with_integer_labels(x, np.arange(4)) for x in (scores, scores.T)
+    ]
+    nats, right = jax.jit(match_pairs)(pictures, words, real)
+    np.testing.assert_allclose(nats[real], np.mean(both, axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(right[real], scores.argmax(axis=1) == np.arange(4))
+    assert not nats[~real].any() and not right[~real].any()
+
+
+def test_equal_words_are_not_told_apart():
+    rng = np.random.default_rng(0)
+    words = np.eye(4, D, dtype=np.float32)[[0, 1, 0, 2]]
+    real = np.ones(4, bool)
+    centred = words - words.mean(axis=0)
+    nats, right = match_pairs(centred, words, real)
+    assert right.all() and nats.max() < 1e-3  # each at one of its own: that is all there is to do
+    nats, right = match_pairs(rng.standard_normal((4, D)).astype(np.float32), words, real)
+    assert not right.all() and nats.max() > 1
+
+
+def test_pictures_are_matched_with_the_words_of_their_conversation():
+    words = ("objective=match",)
+    config = load_config(ROOT / "configs" / "stage1_1_vision_alignment.py", words, tiny=True)
+    processor = feed.make_processor(config, feed.load_tokenizer(config))
+    examples = [processor.sample(sample) for sample in synthetic.samples("captions", 4, 0)]
+    alone = collate(examples, 768, 1)
+    alone = jax.tree.map(lambda x: np.append(x, np.zeros_like(x[:2]), axis=0), alone)
+    batch = jax.tree.map(lambda x: x.reshape(3, -1, *x.shape[2:]), alone)  # two in a row, and none
+    batch.segment_ids[:, 768:] *= 2
+    model, params = Vita(config.model), init_params(config.model, 0)
+    parts = feed.used_parts(config, batch)
+    small = {k: v for k, v in trees.flatten(params).items() if k.startswith(parts)}
+    loss = functools.partial(objectives.match_loss, config, model, frozen={}, batch=batch)
+    (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trees.unflatten(small))
+
+    def expected(params):
+        tiles = model.apply({"params": params}, alone.tiles[:4], method="encode_tiles")
+        table = params["llm"]["embedding"]
+        said = [table[x.tokens[x.loss_mask > 0]].mean(axis=0) for x in examples]
+        pictures = tiles.mean(axis=(1, 2))
+        return match_pairs(pictures, jnp.stack(said), jnp.ones(4, bool))[0].sum()
+
+    value, their_grads = jax.jit(jax.value_and_grad(expected))(params)
+    np.testing.assert_allclose(nats, value, rtol=1e-5)
+    assert sums["targets"] == sums["replies"] == 4 and sums["wrong"] + sums["exact"] == 4
+    for path in ("vision/projector/up", "vision/encoder/patch/kernel"):
+        assert_close(trees.flatten(grads)[path], trees.flatten(their_grads)[path], 1e-5)
+    without = batch.replace(tiles=None, tile_mask=None)
+    with pytest.raises(ValueError, match="no pictures, which objective='match' is about"):
+        feed.used_parts(config, without)
 
 
 def ctc_batch(b=4, t=12, v=7, s=4):

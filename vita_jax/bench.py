@@ -85,7 +85,8 @@ def train_beside_torch(
       ValueError: no peer does what the stage does.
     """
     on_text = all(path.startswith("llm/") for path in config.trainable)
-    if config.lora or config.objective == "ctc" or config.objective == "next_token" and not on_text:
+    without = config.objective in ("ctc", "match")
+    if config.lora or without or config.objective == "next_token" and not on_text:
         raise ValueError(
             f"objective={config.objective!r}, trainable={config.trainable}: no peer does that; "
             "take stage 0, 3.1 or 3.2"

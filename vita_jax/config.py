@@ -450,7 +450,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-OBJECTIVES = ("next_token", "ctc", "codec", "speech")
+OBJECTIVES = ("next_token", "match", "ctc", "codec", "speech")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -489,10 +489,14 @@ class TrainConfig:
                 f"data.batch_size={self.data.batch_size} must be a multiple of "
                 f"optim.accumulation={self.optim.accumulation}"
             )
-        if self.objective == "codec" and self.optim.accumulation > 1:
+        if self.objective in ("codec", "match") and self.optim.accumulation > 1:
+            looks = {
+                "codec": "batch norm and codebooks look",
+                "match": "each picture looks",
+            }[self.objective]
             raise ValueError(
-                f"optim.accumulation={self.optim.accumulation}: a codec's batch cannot be cut, as "
-                "its batch norm and codebooks look at all of it; expected 1"
+                f"optim.accumulation={self.optim.accumulation}: a batch of "
+                f"objective={self.objective!r} cannot be cut, as {looks} at all of it; expected 1"
             )
         for part, objectives in (("codec", ("codec", "speech")), ("speech", ("speech",))):
             if self.objective in objectives and getattr(self.model, part) is None:

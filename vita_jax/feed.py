@@ -138,13 +138,23 @@ def state_of(loader) -> dict:
 
 
 def used_parts(config: TrainConfig, batch: Batch) -> tuple[str, ...]:
-    """What a batch goes through, as starts of parameter paths; the rest is not loaded."""
+    """What a batch goes through, as starts of parameter paths; the rest is not loaded.
+
+    Raises:
+      ValueError: pictures are to be matched with words, and there are none.
+    """
     if config.objective == "ctc":
         return ("audio",)
     if config.objective == "codec":
         return ("codec", *["discriminators"] * bool(config.discriminator_channels))
     if config.objective == "speech":
         return ("speech", "codec", "llm/embedding")
+    if config.objective == "match":
+        if batch.tiles is None:
+            raise ValueError(
+                f"data.mixture={config.data.mixture}: no pictures, which objective='match' is about"
+            )
+        return ("vision", "llm/embedding", "llm/head", "llm/state_")  # tables, which come together
     seen = ("vision",) * (batch.tiles is not None) + ("audio",) * (batch.audio is not None)
     return (*seen, "llm")
 

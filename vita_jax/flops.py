@@ -37,8 +37,8 @@ def model_flops(
 
     Args:
       config: the model.
-      objective: "next_token"; "ctc": then the audio encoder alone is used; "speech": the speech
-        decoders; "codec".
+      objective: "next_token"; "match": then the vision encoder and projector alone are used; "ctc":
+        the audio encoder; "speech": the speech decoders; "codec".
       trained: paths of the parameters that train. A part that does not train, with nothing
         before it that does, has no backward pass. An adapter is part of what it adapts.
       batch: NumPy arrays.
@@ -59,6 +59,8 @@ def model_flops(
     tiles = 0 if batch.tiles is None else int(batch.tile_mask.sum())
     frames = np.zeros(0) if batch.audio is None else batch.audio_mask.sum(axis=-1).ravel()
     frames = frames[frames > 0]
+    if objective == "match":
+        return _passes(_vision(config, tiles), trained)
     encoder = ("audio/encoder", _audio(config, frames), 1 - 1 / config.audio.num_layers)
     if objective == "ctc":
         steps = config.audio.encoder_frames(frames).sum()

@@ -12,6 +12,9 @@ import optax
 
 # Query, noise, text: noise is rare. Source: the release's training code, where the head is off.
 STATE_WEIGHTS = (1.0, 5.0, 1.0)
+TEMPERATURE = 0.05  # of a match: what cosines are divided by
+SAME = 0.999  # cosine of words that are the same
+MASKED = -1e9  # the score of what is not there
 
 
 def next_token_targets(tokens, segment_ids, loss_mask):
@@ -66,6 +69,34 @@ def next_token_loss(hidden, logits_of, targets, chunk: int):
         piece = jax.checkpoint(piece)
     found = jax.lax.scan(piece, None, (pieces(hidden), pieces(targets)))[1]
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], found)
+
+
+def match_pairs(pictures, words, real):
+    """Cross-entropy of the words of each picture among all words, and of the pictures of all words,
+    by the cosine of both vectors. Equal words are each other's.
+
+    Args:
+      pictures: float32[N, D].
+      words: float32[N, D]; what all have in common does not count.
+      real: bool[N] False where there is no pair.
+
+    Returns:
+      float32[N] mean of both (nats), 0 where there is no pair, and bool[N] whether a picture's own
+      words are the nearest.
+    """
+    words -= (words * real[:, None]).sum(axis=0) / jnp.maximum(real.sum(), 1)
+    pictures, words = (
+        x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-9) for x in (pictures, words)
+    )
+    scores = jnp.where(real, pictures @ words.T / TEMPERATURE, MASKED)
+    own = (words @ words.T > SAME) | jnp.eye(len(words), dtype=bool)
+    nats = 0.0
+    for axis in (0, 1):
+        every = jnp.where(real[:, None], scores, MASKED) if axis == 0 else scores
+        found = jax.nn.logsumexp(jnp.where(own, every, MASKED), axis=axis)
+        nats += (jax.nn.logsumexp(every, axis=axis) - found) / 2
+    right = jnp.take_along_axis(own, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return jnp.where(real, nats, 0), real & right
 
 
 def of_conversations(flags, segment_ids):

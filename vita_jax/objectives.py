@@ -1,4 +1,4 @@
-"""What a stage makes small: next tokens, what clips say, codec tokens, or what a codec loses.
+"""What a stage makes small: next tokens, pictures without their words, what clips say, codec tokens, or what a codec loses.
 
 Goes in: parameters and a `Batch`. Comes out: the sum of the loss over targets and the counts that
 metrics are made of; sums, so that pieces of a batch, and batches, add up. Read next: `losses.py`,
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vita_jax import codebooks, lora
 from vita_jax import params as trees
-from vita_jax.batch import Batch
+from vita_jax.batch import IMAGE_TOKEN, Batch
 from vita_jax.codec_losses import discriminator_losses, generator_losses
 from vita_jax.config import TrainConfig
 from vita_jax.losses import (
@@ -22,6 +22,7 @@ from vita_jax.losses import (
     ctc_read,
     ctc_targets,
     edit_distance,
+    match_pairs,
     next_token_loss,
     next_token_targets,
     of_conversations,
@@ -49,7 +50,12 @@ def make_loss(config: TrainConfig, training: bool = True):
     model = Vita(config.model.with_dtype(config.dtype, config.remat))
     if config.objective == "codec":
         return functools.partial(code_loss, config, model, training)
-    loss = {"next_token": read_loss, "ctc": hear_loss, "speech": speak_loss}[config.objective]
+    loss = {
+        "next_token": read_loss,
+        "match": match_loss,
+        "ctc": hear_loss,
+        "speech": speak_loss,
+    }[config.objective]
     return functools.partial(loss, config, model)
 
 
@@ -91,6 +97,35 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
         total += state_nats
         sums |= {"state_nats": state_nats, "state_right": right, "state_replies": number}
     return total, sums
+
+
+def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
+    """Which words go with which picture, among all in the batch: the mean embedding of a
+    conversation's pictures is drawn to the mean of those of its targets, and from those of others.
+    The LLM itself is not run: of it, only the input table is needed.
+
+    Conversations with pictures come first in their row. Targets are pictures. Returns as
+    `make_loss` says. Source: arXiv 2103.00020 (CLIP), with the table in the place of a text tower.
+    """
+    variables = lora.variables(config, params, frozen)
+    embeddings = model.apply(variables, batch, method="embed").astype(jnp.float32)
+    conversations = 1 + jnp.arange(batch.tiles.shape[1])[:, None]  # no more than there are tiles
+
+    def mean(chosen):
+        members = (batch.segment_ids[:, None] == conversations) & chosen[:, None]
+        number = members.sum(axis=-1, keepdims=True)
+        total = jnp.einsum("BCT,BTD->BCD", members.astype(jnp.float32), embeddings)
+        return (total / jnp.maximum(number, 1)).reshape(-1, total.shape[-1]), number.ravel() > 0
+
+    pictures, seen = mean(batch.tokens == IMAGE_TOKEN)
+    words, told = mean(batch.loss_mask > 0)
+    nats, right = match_pairs(pictures, words, seen & told)
+    return nats.sum(), {
+        "targets": (seen & told).sum(),
+        "wrong": (seen & told & ~right).sum(),
+        "replies": (seen & told).sum(),
+        "exact": right.sum(),
+    }
 
 
 def speak_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):

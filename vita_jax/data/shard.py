@@ -46,7 +46,7 @@ class Reader:
         self.num_groups = math.gcd(data.batch_size, data.num_shards)
         self.weights = np.cumsum(list(data.mixture.values())) / sum(data.mixture.values())
         media = frozenset().union(*(source.media for source in sources))
-        self.has_tiles = bool(media & {"image", "video"}) and objective == "next_token"
+        self.has_tiles = bool(media & {"image", "video"}) and objective in ("next_token", "match")
         heard = media & ({"audio", "recordings"} if data.spoken_share else {"audio"})
         self.has_audio = bool(heard) and objective in ("next_token", "ctc")
 

@@ -36,14 +36,27 @@ class Segments:
     order: jax.Array | None = None
 
 
+@flax.struct.dataclass
+class Slots:
+    """A mask over the slots of a cache: each of the next tokens sees every slot up to its own.
+
+    Attributes:
+      start: int32[B] slot of the first of these tokens.
+      size: (T, S), how many these are, and slots that are looked at.
+    """
+
+    start: jax.Array
+    size: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+
 def attention(q, k, v, mask):
     """Scaled dot-product attention, several query heads to a key head.
 
     Args:
       q: dtype[B, T, N, H].
       k, v: dtype[B, S, K, H], K divides N.
-      mask: bool[B, 1, T, S] True where attention is allowed, Segments (then S = T), or None for
-        everywhere.
+      mask: bool[B, 1, T, S] True where attention is allowed, Segments (then S = T), Slots, or None
+        for everywhere.
 
     Returns:
       dtype[B, T, N, H].
@@ -55,6 +68,11 @@ def attention(q, k, v, mask):
         if order is None:
             kernels["tpu"] = splash
         seen = conversation_mask
+    elif isinstance(mask, Slots):
+        seen = functools.partial(slot_mask, size=mask.size)
+        arrays, default = (q, k, v, mask.start), lambda *a: _dense(*a[:3], seen(a[3]))
+        if q.shape[1] >= LANES:
+            kernels["tpu"] = splash_slots
     else:
         arrays, default, seen = (q, k, v, mask), _dense, lambda mask: mask
     if _fits_cudnn(q, k, mask):
@@ -69,6 +87,12 @@ def conversation_mask(segment_ids, order=None):
     order = jnp.arange(segment_ids.shape[1])[None] if order is None else order
     same = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, None] > 0)
     return (same & (order[:, None] <= order[:, :, None]))[:, None]
+
+
+def slot_mask(start, size):
+    """bool[B, 1, T, S]: the mask that `Slots` stands for."""
+    query = start[:, None, None, None] + jnp.arange(size[0])[:, None]
+    return jnp.arange(size[1]) <= query
 
 
 def probabilities(q, k, mask):
@@ -157,21 +181,64 @@ def splash(q, k, v, segment_ids, interpret: bool = False):
     Returns:
       dtype[B, T, N, H]. Source: arXiv 2205.14135 (flash attention).
     """
+    t = q.shape[1]
+    q, k, v, ids = (_padded(x, 0, -t % _block(t)) for x in (q, k, v, segment_ids))
+    return _splash(q, k, v, ids, ids, _block(t), interpret)[:, :t]
+
+
+def splash_slots(q, k, v, start, interpret: bool = False):
+    """Attention over `Slots` by the same kernel, for reading a prompt.
+
+    The slots are turned round until the new ones are the last: what a query sees of these is then
+    known beforehand, and of all others it sees those in use.
+
+    Args:
+      q: dtype[B, T, N, H].
+      k, v: dtype[B, S, K, H], K divides N.
+      start: int32[B] slot of the first query.
+      interpret: as in `splash`.
+
+    Returns:
+      dtype[B, T, N, H].
+    """
+    t, s = q.shape[1], k.shape[1]
+    behind = -t % _block(t)
+    front = -(s + behind) % _block(t)
+
+    def new_last(x):
+        return _padded(jax.vmap(functools.partial(jnp.roll, axis=0))(x, s - t - start), front, behind)
+
+    age = jnp.arange(front + s + behind) - front - (s - t)  # below 0: read before
+    in_use = (age >= -start[:, None]).astype(jnp.int32)
+    q = _padded(q, 0, behind)
+    ids = jnp.ones(q.shape[:2], jnp.int32)
+    return _splash(q, new_last(k), new_last(v), ids, in_use, _block(t), interpret)[:, :t]
+
+
+def _block(t):
+    """Tokens that the kernel works on at a time, if there are so many queries."""
+    return min(BLOCK, t + -t % LANES)
+
+
+def _padded(x, front, behind):
+    """[B, T, ...] with zeros before and behind its tokens."""
+    return jnp.pad(x, ((0, 0), (front, behind)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _splash(q, k, v, ids, key_ids, block, interpret):
+    """dtype[B, T, N, H] from arrays of whole blocks: each query sees the keys of its own id, up to
+    its own place counted from the end.
+    """
     b, t, n, h = q.shape
-    block = min(BLOCK, t + -t % LANES)
     q = (q * h**-0.5).reshape(b, t, k.shape[2], -1, h)  # the kernel does not scale
-    q, k, v, ids = (
-        jnp.pad(x, ((0, 0), (0, -t % block)) + ((0, 0),) * (x.ndim - 2))
-        for x in (q, k, v, segment_ids)
-    )
     heads = ("batch", "seq", "kv_heads", "head_dim")
-    axes = (("batch", "seq", "kv_heads", None, "head_dim"), heads, heads, ("batch", "seq"))
+    rows = ("batch", "seq")
+    axes = (("batch", "seq", "kv_heads", None, "head_dim"), heads, heads, rows, rows)
     run = functools.partial(_splash_shard, block=block, interpret=interpret)
-    y = on_shards(run, axes)(q, k, v, ids)
-    return y[:, :t].reshape(b, t, n, h)
+    return on_shards(run, axes)(q, k, v, ids, key_ids).reshape(b, t, n, h)
 
 
-def _splash_shard(q, k, v, segment_ids, block, interpret):
+def _splash_shard(q, k, v, ids, key_ids, block, interpret):
     """dtype[B, T, K, G, H] from the arrays of one device, padded to blocks."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
@@ -182,14 +249,15 @@ def _splash_shard(q, k, v, segment_ids, block, interpret):
     )
 
     b, t, kv_heads, group, h = q.shape
+    mask = CausalMask((t, k.shape[1]), offset=k.shape[1] - t)
     blocks = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
     kernel = make_splash_mha(
-        MultiHeadMask([CausalMask((t, t))] * (kv_heads * group)),
+        MultiHeadMask([mask] * (kv_heads * group)),
         block_sizes=BlockSizes(**{f"block_{name}": block for name in blocks.split()}),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
     )
-    q, k, v = (x.reshape(b, t, -1, h).swapaxes(1, 2) for x in (q, k, v))
-    y = jax.vmap(kernel)(q, k, v, SegmentIds(segment_ids, segment_ids))
+    q, k, v = (x.reshape(b, x.shape[1], -1, h).swapaxes(1, 2) for x in (q, k, v))
+    y = jax.vmap(kernel)(q, k, v, SegmentIds(ids, key_ids))
     return y.swapaxes(1, 2).reshape(b, t, kv_heads, group, h)

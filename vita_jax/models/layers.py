@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vita_jax.models.attention import attention
+from vita_jax.models.attention import Slots, attention
 
 ACTIVATIONS = ("batch", "seq", "act_embed")
 SCALE = ".scale"  # what the name of an int8 weight's scales ends with
@@ -175,12 +175,11 @@ class Cache:
             return k, v
         return k * seen(self.scales[0]), v * seen(self.scales[1])
 
-    def causal_mask(self, num_tokens: int, num_seen: int | None = None):
-        """bool[B, 1, T, S]: the next `num_tokens` tokens see every slot up to their own, of the
-        first `num_seen` (None: all).
+    def causal_mask(self, num_tokens: int, num_seen: int | None = None) -> Slots:
+        """The next `num_tokens` tokens see every slot up to their own, of the first `num_seen`
+        (None: all).
         """
-        query = self.length[:, None, None, None] + jnp.arange(num_tokens)[:, None]
-        return jnp.arange(num_seen or self.k.shape[2]) <= query
+        return Slots(self.length, (num_tokens, num_seen or self.k.shape[2]))
 
 
 def _to_int8(x):
@@ -247,7 +246,7 @@ class GatedAttention(nn.Module):
         Args:
           x: dtype[B, T, D].
           positions: int32[B, T].
-          mask: bool[B, 1, T, S], Segments or None.
+          mask: bool[B, 1, T, S], Segments, Slots or None.
           cache: Cache of S slots or more, or None (then S = T).
           layer: int32[] index into the cache.
 
@@ -258,7 +257,8 @@ class GatedAttention(nn.Module):
         q, keys, values = project(self, x, positions)
         if cache is not None:
             cache = cache.write(layer, keys, values)
-            keys, values = cache.read(layer, mask.shape[-1])
+            num_seen = mask.size[1] if isinstance(mask, Slots) else mask.shape[-1]
+            keys, values = cache.read(layer, num_seen)
         y = attention(q, keys.astype(x.dtype), values.astype(x.dtype), mask)
         shape = (c.num_heads, c.head_dim, c.embed_dim)
         out = weight(self, "out", shape, ("heads", "head_dim", "embed"), num_inputs=2)

@@ -55,7 +55,7 @@ class Llm(nn.Module):
           embeddings: dtype[B, T, D].
           positions: int32[B, T].
           mask: bool[B, 1, T, S] True where attention is allowed; S is T, or the cache's slots.
-            Or Segments, without a cache.
+            Or Segments without a cache, Slots with one.
           cache: Cache or None.
 
         Returns:

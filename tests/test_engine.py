@@ -162,9 +162,15 @@ def test_another_length_in_the_bucket_compiles_nothing(engine):
     assert compiled(lambda: engine.chat("What? " * 200, **asked))  # the listener does hear
 
 
-@pytest.mark.parametrize("chunk_size", [-1, 2])
-def test_after_warming_up_nothing_is_compiled(chunk_size):
-    engine = make_engine(chunk_size=chunk_size, max_tokens=980, max_new_tokens=40, num_rows=2)
+@pytest.mark.parametrize(
+    "chunk_size, mesh",
+    [(-1, None), (2, None), pytest.param(-1, (1, 1, 2), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_after_warming_up_nothing_is_compiled(chunk_size, mesh):
+    mesh = mesh and sharding.make_mesh(mesh)
+    sizes = dict(max_tokens=980, max_new_tokens=40, num_rows=2)
+    engine = make_engine(mesh, chunk_size=chunk_size, **sizes)
     engine.warm_up(1.0)
     drawn, events = Sampler(2.0, 0, 0.9, 1.1), []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,18 @@ class TextState:
     sampling: dict
 
 
+def in_place(tree):
+    """The arrays where they always are on a mesh, or a program would be compiled again for each
+    place that the compiler finds for them: caches spread by their heads, all else on every device.
+    """
+
+    def place(x):
+        spread = ("layers", "batch", "seq", "kv_heads", "head_dim")
+        return nn.with_logical_constraint(x, spread if x.ndim == 5 else (None,) * x.ndim)
+
+    return jax.tree.map(place, tree)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="int8")
 def init_text(
     config: VitaConfig, num_rows: int, num_slots: int, sampling, int8: bool = False
@@ -51,7 +64,7 @@ def init_text(
     """Empty rows of `num_slots` tokens each; `sampling` as `Sampler.arrays()`, `int8` as in
     `init_cache`.
     """
-    return TextState(
+    state = TextState(
         token=jnp.zeros(num_rows, jnp.int32),
         left=jnp.zeros(num_rows, jnp.int32),
         cache=init_llm_cache(config.llm, num_rows, num_slots, int8),
@@ -59,6 +72,7 @@ def init_text(
         key=jax.random.split(jax.random.key(0), num_rows),
         sampling={name: jnp.broadcast_to(x, num_rows) for name, x in sampling.items()},
     )
+    return in_place(state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,13 +84,15 @@ def embed_prompt(config: VitaConfig, params, batch: Batch):
 @functools.partial(jax.jit, static_argnums=0)
 def embed_text(config: VitaConfig, params, tokens):
     """dtype[1, T, D]: embeddings of int32[T] ids; where there are placeholders, of id 0."""
-    return Vita(config).apply({"params": params}, tokens[None], method=lambda m, t: m.llm.embed(t))
+    out = Vita(config).apply({"params": params}, tokens[None], method=lambda m, t: m.llm.embed(t))
+    return in_place(out)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_tile(config: VitaConfig, params, tile):
     """dtype[P, D]: embeddings of float32[px, px, 3] normalised pixels."""
-    return Vita(config).apply({"params": params}, tile[None, None], method="encode_tiles")[0, 0]
+    out = Vita(config).apply({"params": params}, tile[None, None], method="encode_tiles")
+    return in_place(out[0, 0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,7 +100,8 @@ def encode_clip(config: VitaConfig, params, frames, num_frames):
     """dtype[S, D]: embeddings of a whole clip, float32[A, M] of which int32[] frames are real."""
     real = jnp.arange(frames.shape[0]) < num_frames
     args = frames[None, None], real[None, None]
-    return Vita(config).apply({"params": params}, *args, method="encode_audio")[0][0, 0]
+    out, _ = Vita(config).apply({"params": params}, *args, method="encode_audio")
+    return in_place(out[0, 0])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -97,7 +114,7 @@ def encode_piece(config: VitaConfig, final: bool, params, frames, state):
         return model.audio.stream(frames, state, final)
 
     out, state = Vita(config).apply({"params": params}, frames[None], state, method=read)
-    return out[0], state
+    return in_place((out[0], state))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +131,7 @@ def splice(embeddings, rows, first, at, number):
     index = jnp.arange(embeddings.shape[1]) - at
     chosen = rows[jnp.clip(first + index, 0, len(rows) - 1)].astype(embeddings.dtype)
     inside = (index >= 0) & (index < number)
-    return jnp.where(inside[None, :, None], chosen[None], embeddings)
+    return in_place(jnp.where(inside[None, :, None], chosen[None], embeddings))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -147,7 +164,8 @@ def read(config: VitaConfig, num_seen: int, params, state: TextState, row, embed
         lambda x, new: jax.lax.dynamic_update_slice(x, new, at), whole, cache.replace(length=None)
     )
     length = state.cache.length.at[row].set(start + num)
-    return state.replace(cache=cache.replace(length=length)), hidden[0, num - 1]
+    state = state.replace(cache=cache.replace(length=length))
+    return in_place((state, hidden[0, num - 1]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -177,14 +195,15 @@ def begin_text(
     token = _draw(
         config, params, hidden[None], state.cache.length[row][None], seen, key[None], one
     )[0]
-    return TextState(
+    state = TextState(
         token=state.token.at[row].set(token),
         left=state.left.at[row].set(jnp.where((token == stops).any(), 0, left - 1)),
         cache=state.cache,
         seen=state.seen.at[row].set(seen[0].at[token].set(True)),
         key=state.key.at[row].set(key),
         sampling={name: x.at[row].set(sampling[name]) for name, x in state.sampling.items()},
-    ), token
+    )
+    return in_place((state, token))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -226,7 +245,7 @@ def next_text(
         )
         return state, jnp.where(live, token, -1)
 
-    return jax.lax.scan(step, state, length=num_tokens)
+    return in_place(jax.lax.scan(step, state, length=num_tokens))
 
 
 def _llm(config, params, *args):
@@ -266,7 +285,7 @@ def init_speech(config: VitaConfig, num_rows: int, num_slots: int, sampling) -> 
     """Silent rows of `num_slots`: 1 for BOS, `speech_frames_per_token` a token, 1 for SOS and 1 a
     code. `sampling` as `Sampler.arrays()`.
     """
-    return SpeechState(
+    state = SpeechState(
         code=jnp.zeros(num_rows, jnp.int32),
         recent=jnp.full((num_rows, MAX_WINDOW), -1, jnp.int32),
         left=jnp.zeros(num_rows, jnp.int32),
@@ -274,6 +293,7 @@ def init_speech(config: VitaConfig, num_rows: int, num_slots: int, sampling) -> 
         key=jax.random.split(jax.random.key(0), num_rows),
         sampling={name: jnp.broadcast_to(x, num_rows) for name, x in sampling.items()},
     )
+    return in_place(state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -302,7 +322,7 @@ def begin_speech(
 
     one = Vita(config).apply({"params": params}, tokens[None], method=read)
     first = jnp.int32(config.speech.sos_id)
-    return SpeechState(
+    state = SpeechState(
         code=state.code.at[row].set(first),
         recent=state.recent.at[row].set(jnp.full(MAX_WINDOW, -1).at[-1].set(first)),
         left=state.left.at[row].set(left),
@@ -314,6 +334,7 @@ def begin_speech(
         key=state.key.at[row].set(key),
         sampling={name: x.at[row].set(sampling[name]) for name, x in state.sampling.items()},
     )
+    return in_place(state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -355,7 +376,7 @@ def next_speech(config: VitaConfig, num_seen: int, num_codes: int, params, banne
         )
         return state, jnp.where(live, code, -1)
 
-    return jax.lax.scan(step, state, length=num_codes)
+    return in_place(jax.lax.scan(step, state, length=num_codes))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -288,7 +288,8 @@ STAGES = {
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
         num_steps=340,
     ),
-    # The fourth sees better: pictures are first told apart by their words, without the LLM.
+    # The fourth sees better, as pictures are first told apart by their words, without the LLM, and
+    # speaks better, as there are more answers to learn from.
     "fourth_1_1": dict(
         file="stage1_1_vision_alignment",
         init_from=(f"{RUNS}/third_1_2/model",),
@@ -298,9 +299,46 @@ STAGES = {
         optim=OptimConfig(learning_rate=1.3e-3, muon_rate=4e-3, **LATER),
         num_steps=1700,
     ),
+    "fourth_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/third_2_2/model", rf"vision/.*={RUNS}/fourth_1_1/model"),
+        trainable=EYES_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.1, "#names": 0.35, "#qa": 0.45, "easy_vqa": 0.1},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(
+            learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.3}, **LATER
+        ),
+        num_steps=260,
+    ),
+    "fourth_2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/fourth_1_2/model",),
+        trainable=(*EYES_AND_WORDS, r"audio/.*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.36, "#names": 0.17, "easy_vqa": 0.09, "asr": 0.33, "noise": 0.05},
+                max_tiles=6,
+                spoken_share=0.8,
+            ),
+            max_tokens=320,
+            max_audio_frames=280,
+            max_reject_share=0.3,
+        ),
+        optim=OptimConfig(
+            learning_rate=5e-4,
+            muon_rate=1.5e-3,
+            rates={r"audio/.*": 1.5, r"vision/encoder/.*": 0.3},
+            **LATER,
+        ),
+        num_steps=420,
+    ),
     "fourth_3_2": dict(
         file="stage3_2_speech_decoder",
-        init_from=(f"{RUNS}/again_3_2/model",),
+        init_from=(f"{RUNS}/fourth_2_2/model",),
         data=DataConfig(
             mixture={f"{DATA}/codec_tokens_fourth": 1.0},
             batch_size=8,

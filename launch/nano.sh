@@ -40,6 +40,13 @@ train again_3_2 $runs/again_3_2
 for stage in third_1_2 third_2_1a third_2_1b third_2_2; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/third_2_2/model build/nano/model
+
+# The fourth sees better, by matching pictures with words first, and speaks better.
+for stage in fourth_1_1 fourth_1_2 fourth_2_2; do
+    train $stage $runs/$stage
+done
+tokens $runs/again_3_1 $answering codec_tokens_fourth
+train fourth_3_2 $runs/fourth_3_2
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/fourth_3_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/third_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/fourth_1_2/model --out build/nano/eval

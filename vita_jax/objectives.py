@@ -1,4 +1,5 @@
-"""What a stage makes small: next tokens, pictures without their words, what clips say, codec tokens, or what a codec loses.
+"""What a stage makes small: next tokens, which words go with which picture, what clips say, codec
+tokens, or what a codec loses.
 
 Goes in: parameters and a `Batch`. Comes out: the sum of the loss over targets and the counts that
 metrics are made of; sums, so that pieces of a batch, and batches, add up. Read next: `losses.py`,

@@ -206,7 +206,9 @@ def splash_slots(q, k, v, start, interpret: bool = False):
     front = -(s + behind) % _block(t)
 
     def new_last(x):
-        return _padded(jax.vmap(functools.partial(jnp.roll, axis=0))(x, s - t - start), front, behind)
+        return _padded(
+            jax.vmap(functools.partial(jnp.roll, axis=0))(x, s - t - start), front, behind
+        )
 
     age = jnp.arange(front + s + behind) - front - (s - t)  # below 0: read before
     in_use = (age >= -start[:, None]).astype(jnp.int32)

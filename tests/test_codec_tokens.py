@@ -1,13 +1,15 @@
 """vita_jax/codec_tokens.py: speech to records, stopped and gone on with."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
 import vita_jax
-from vita_jax import checkpoint, codec_tokens
+from vita_jax import checkpoint, codec_tokens, feed
+from vita_jax.config import load_config
 from vita_jax.data.audio import read_audio, write_wav
 from vita_jax.models.codec import Codec
 
@@ -122,6 +124,23 @@ def test_the_voice_is_the_commonest(tmp_path):
     assert codec_tokens.voice(str(tmp_path)) == (1, 6, 2, 9)
     (tmp_path / "tokens.jsonl").write_text('{"text": "a", "codes": [1]}\n')
     assert codec_tokens.voice(str(tmp_path)) is None
+
+
+def test_a_stage_keeps_the_voice_unless_it_learns_another(tmp_path):
+    heard = "codec.global_tokens=[3,2,1,0]"
+    checkpoint.initialize("vita_tiny", tmp_path / "start", overrides=[heard])
+    rows = [{"text": "a", "codes": [1], "global_tokens": [5, 6, 7, 7]}]
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokens.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    configs = pathlib.Path(vita_jax.__file__).parents[1] / "configs"
+    start, source = f"init_from={tmp_path / 'start'}", f'{{"{tmp_path / "tokens"}": 1}}'
+    for stage, words, voice in (
+        ("stage1_3_vision_sft", [start], (3, 2, 1, 0)),
+        ("stage1_3_vision_sft", [], (0, 1, 2, 3)),
+        ("stage3_2_speech_decoder", [start, f"data.mixture={source}"], (5, 6, 7, 7)),
+    ):
+        config = load_config(configs / f"{stage}.py", words, tiny=True)
+        assert feed.with_voice(config).model.codec.global_tokens == voice
 
 
 def test_a_voice_from_a_clip(model):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vita_jax import codec_tokens, train_state
+from vita_jax import checkpoint, codec_tokens, train_state
 from vita_jax.batch import Batch
 from vita_jax.config import TrainConfig
 from vita_jax.data import synthetic
@@ -111,13 +111,17 @@ def with_tokens(config: TrainConfig, workdir: Path) -> TrainConfig:
 
 
 def with_voice(config: TrainConfig) -> TrainConfig:
-    """The stage with the codec speaking in the voice of what it learnt to say: of the first source
-    of the mixture, if that is known. Speech has codec tokens in its place already (`with_tokens`).
+    """The stage with the codec speaking in the voice of what it learnt to say, that of the first
+    source of the mixture; if that is not known, or it learnt something else, in the voice of the
+    checkpoint that the codec comes from. Speech has codec tokens in its place already
+    (`with_tokens`).
     """
-    source = next(iter(config.data.mixture))
-    if config.objective != "speech" or source.startswith(synthetic.PREFIX):
-        return config
-    global_tokens = codec_tokens.voice(source)
+    source, global_tokens = next(iter(config.data.mixture)), None
+    if config.objective == "speech" and not source.startswith(synthetic.PREFIX):
+        global_tokens = codec_tokens.voice(source)
+    folder = train_state.folder_of(config, "codec/codebooks/code")
+    if global_tokens is None and folder is not None:
+        global_tokens = checkpoint.open_folder(folder)[0].codec.global_tokens
     if global_tokens is None:
         return config
     codec = dataclasses.replace(config.model.codec, global_tokens=global_tokens)

@@ -336,9 +336,27 @@ STAGES = {
         ),
         num_steps=420,
     ),
+    "fourth_2_2b": dict(  # on, with more to see
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/fourth_2_2/model",),
+        trainable=(*EYES_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.43, "#names": 0.25, "easy_vqa": 0.1, "asr": 0.15, "noise": 0.07},
+                max_tiles=7,
+                spoken_share=0.6,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_audio_frames=240,
+            max_reject_share=0.5,
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=240,
+    ),
     "fourth_3_2": dict(
         file="stage3_2_speech_decoder",
-        init_from=(f"{RUNS}/fourth_2_2/model",),
+        init_from=(f"{RUNS}/fourth_2_2b/model",),
         data=DataConfig(
             mixture={f"{DATA}/codec_tokens_fourth": 1.0},
             batch_size=8,

@@ -42,7 +42,7 @@ for stage in third_1_2 third_2_1a third_2_1b third_2_2; do
 done
 
 # The fourth sees better, by matching pictures with words first, and speaks better.
-for stage in fourth_1_1 fourth_1_2 fourth_2_2; do
+for stage in fourth_1_1 fourth_1_2 fourth_2_2 fourth_2_2b; do
     train $stage $runs/$stage
 done
 tokens $runs/again_3_1 $answering codec_tokens_fourth

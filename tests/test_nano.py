@@ -147,7 +147,7 @@ def test_stages_of_the_small_model():
         "again_3_1": "s3_2", "again_3_2": "again_2_2", "third_1_2": "again_3_2",
         "third_2_1a": "again_2_1a", "third_2_1b": "again_3_2", "third_2_2": "third_1_2",
         "fourth_1_1": "third_1_2", "fourth_1_2": "third_2_2", "fourth_2_2": "fourth_1_2",
-        "fourth_3_2": "fourth_2_2",
+        "fourth_2_2b": "fourth_2_2", "fourth_3_2": "fourth_2_2b",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

@@ -491,7 +491,7 @@ def test_settings_that_make_no_batch(folder):
             Loader(settings(folder, **changes), PROCESSOR)
     with pytest.raises(ValueError, match="3 processes: data.batch_size=4 and data.num_shards=8"):
         Loader(settings(folder), PROCESSOR, None, 0, 3)
-    with pytest.raises(ValueError, match="objective='gan': expected one of next_token, ctc"):
+    with pytest.raises(ValueError, match="objective='gan': expected one of next_token, match, ctc"):
         Loader(settings(folder), PROCESSOR, objective="gan")
 
 

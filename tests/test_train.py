@@ -328,7 +328,7 @@ def test_init_from_takes_folders_by_part(whole, tmp_path):
         (["init_from=no/folder"], "no/folder: no tokenizer"),
         (["data.batch_size=3", "mesh=[2,1,1]"], "3 rows over data x fsdp = 2: not even"),
         (["data.mixture={\"synthetic:smell\": 1}"], "synthetic:smell: expected one of text"),
-        (["objective=gossip"], "objective='gossip': expected one of next_token, ctc"),
+        (["objective=gossip"], "objective='gossip': expected one of next_token, match, ctc"),
         (["data.batch_size=3", "optim.accumulation=2"], "must be a multiple"),
         (["objective=match", "optim.accumulation=2"], "each picture looks at all of it"),
         (["log_every=0"], "log_every=0: expected at least 1"),

@@ -330,7 +330,7 @@ def test_init_from_takes_folders_by_part(whole, tmp_path):
         (["data.mixture={\"synthetic:smell\": 1}"], "synthetic:smell: expected one of text"),
         (["objective=gossip"], "objective='gossip': expected one of next_token, match, ctc"),
         (["data.batch_size=3", "optim.accumulation=2"], "must be a multiple"),
-        (["objective=match", "optim.accumulation=2"], "each picture looks at all of it"),
+        (["objective=match", "optim.accumulation=2"], "match' cannot be cut"),
         (["log_every=0"], "log_every=0: expected at least 1"),
         (["remat=some"], "remat='some': expected one of full, dots, none"),
         (

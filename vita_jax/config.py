@@ -490,13 +490,9 @@ class TrainConfig:
                 f"optim.accumulation={self.optim.accumulation}"
             )
         if self.objective in ("codec", "match") and self.optim.accumulation > 1:
-            looks = {
-                "codec": "batch norm and codebooks look",
-                "match": "each picture looks",
-            }[self.objective]
             raise ValueError(
-                f"optim.accumulation={self.optim.accumulation}: a batch of "
-                f"objective={self.objective!r} cannot be cut, as {looks} at all of it; expected 1"
+                f"optim.accumulation={self.optim.accumulation}: a batch of objective="
+                f"{self.objective!r} cannot be cut, as all of it is looked at together; expected 1"
             )
         for part, objectives in (("codec", ("codec", "speech")), ("speech", ("speech",))):
             if self.objective in objectives and getattr(self.model, part) is None:

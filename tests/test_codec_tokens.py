@@ -129,9 +129,9 @@ def test_the_voice_is_the_commonest(tmp_path):
 def test_a_stage_keeps_the_voice_unless_it_learns_another(tmp_path):
     heard = "codec.global_tokens=[3,2,1,0]"
     checkpoint.initialize("vita_tiny", tmp_path / "start", overrides=[heard])
-    rows = [{"text": "a", "codes": [1], "global_tokens": [5, 6, 7, 7]}]
+    row = {"text": "a", "codes": [1], "global_tokens": [5, 6, 7, 7]}
     (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens" / "tokens.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "tokens" / "tokens.jsonl").write_text(json.dumps(row) + "\n")
     configs = pathlib.Path(vita_jax.__file__).parents[1] / "configs"
     start, source = f"init_from={tmp_path / 'start'}", f'{{"{tmp_path / "tokens"}": 1}}'
     for stage, words, voice in (

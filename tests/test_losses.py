@@ -132,7 +132,8 @@ def test_pictures_are_matched_with_the_words_of_their_conversation():
     alone = collate(examples, 768, 1)
     alone = jax.tree.map(lambda x: np.append(x, np.zeros_like(x[:2]), axis=0), alone)
     batch = jax.tree.map(lambda x: x.reshape(3, -1, *x.shape[2:]), alone)  # two in a row, and none
-    batch.segment_ids[:, 768:] *= 2
+    batch.segment_ids[:, :768] *= 4  # three without a picture were before it
+    batch.segment_ids[:, 768:] *= 6
     model, params = Vita(config.model), init_params(config.model, 0)
     parts = feed.used_parts(config, batch)
     small = {k: v for k, v in trees.flatten(params).items() if k.startswith(parts)}

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vita_jax.models.attention import MASKED
+
 # Query, noise, text: noise is rare. Source: the release's training code, where the head is off.
 STATE_WEIGHTS = (1.0, 5.0, 1.0)
 TEMPERATURE = 0.05  # of a match: what cosines are divided by
 SAME = 0.999  # cosine of words that are the same
-MASKED = -1e9  # the score of what is not there
 
 
 def next_token_targets(tokens, segment_ids, loss_mask):
@@ -88,15 +89,13 @@ def match_pairs(pictures, words, real):
     pictures, words = (
         x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-9) for x in (pictures, words)
     )
-    scores = jnp.where(real, pictures @ words.T / TEMPERATURE, MASKED)
     own = (words @ words.T > SAME) | jnp.eye(len(words), dtype=bool)
-    nats = 0.0
-    for axis in (0, 1):
-        every = jnp.where(real[:, None], scores, MASKED) if axis == 0 else scores
-        found = jax.nn.logsumexp(jnp.where(own, every, MASKED), axis=axis)
-        nats += (jax.nn.logsumexp(every, axis=axis) - found) / 2
-    right = jnp.take_along_axis(own, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return jnp.where(real, nats, 0), real & right
+    scores = jnp.where(real[:, None] & real, pictures @ words.T / TEMPERATURE, MASKED)
+    ours = jnp.where(own, scores, MASKED)
+    nats = sum(
+        jax.nn.logsumexp(scores, axis=axis) - jax.nn.logsumexp(ours, axis=axis) for axis in (0, 1)
+    )
+    return jnp.where(real, nats / 2, 0), real & (ours.max(axis=1) == scores.max(axis=1))
 
 
 def of_conversations(flags, segment_ids):

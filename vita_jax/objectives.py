@@ -105,26 +105,30 @@ def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     conversation's pictures is drawn to the mean of those of its targets, and from those of others.
     The LLM itself is not run: of it, only the input table is needed.
 
-    Conversations with pictures come first in their row. Targets are pictures. Returns as
-    `make_loss` says. Source: arXiv 2103.00020 (CLIP), with the table in the place of a text tower.
+    Targets are conversations with pictures. Returns as `make_loss` says. Source: arXiv 2103.00020
+    (CLIP), with the table in the place of a text tower.
     """
     variables = lora.variables(config, params, frozen)
     embeddings = model.apply(variables, batch, method="embed").astype(jnp.float32)
-    conversations = 1 + jnp.arange(batch.tiles.shape[1])[:, None]  # no more than there are tiles
+    ids, is_image = batch.segment_ids, batch.tokens == IMAGE_TOKEN
+    tiles = (jnp.cumsum(is_image, axis=1) - 1) // config.model.vision.embeddings_per_tile
+    shown = is_image[:, None] & (tiles[:, None] == jnp.arange(batch.tiles.shape[1])[:, None])
+    of_tiles = jnp.where(shown, ids[:, None], 0).max(axis=-1)  # [B, I] each tile's conversation
 
     def mean(chosen):
-        members = (batch.segment_ids[:, None] == conversations) & chosen[:, None]
+        members = (ids[:, None] == of_tiles[..., None]) & chosen[:, None]
         number = members.sum(axis=-1, keepdims=True)
-        total = jnp.einsum("BCT,BTD->BCD", members.astype(jnp.float32), embeddings)
-        return (total / jnp.maximum(number, 1)).reshape(-1, total.shape[-1]), number.ravel() > 0
+        total = jnp.einsum("BIT,BTD->BID", members.astype(jnp.float32), embeddings)
+        return (total / jnp.maximum(number, 1)).reshape(-1, total.shape[-1]), number[..., 0] > 0
 
-    pictures, seen = mean(batch.tokens == IMAGE_TOKEN)
-    words, told = mean(batch.loss_mask > 0)
-    nats, right = match_pairs(pictures, words, seen & told)
+    (pictures, _), (words, told) = mean(is_image), mean(batch.loss_mask > 0)
+    first = jnp.diff(of_tiles, axis=1, prepend=0) > 0  # of its conversation's tiles
+    real = (first & told).ravel()
+    nats, right = match_pairs(pictures, words, real)
     return nats.sum(), {
-        "targets": (seen & told).sum(),
-        "wrong": (seen & told & ~right).sum(),
-        "replies": (seen & told).sum(),
+        "targets": real.sum(),
+        "wrong": (real & ~right).sum(),
+        "replies": real.sum(),
         "exact": right.sum(),
     }
 

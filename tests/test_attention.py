@@ -86,6 +86,16 @@ def test_kernel_over_slots_equals_dense_mask(length, seen):
             np.testing.assert_allclose(kernel(q, k, v), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("length", [1, 127, 128, 300])
+def test_prompts_are_lowered_for_a_tpu(length):
+    """Its kernel is in the program where there are many queries; there need be no TPU."""
+    q, k = jnp.zeros((1, length, 4, 128)), jnp.zeros((1, 400, 2, 128))
+    slots = Slots(jnp.array([70]), (length, 400))
+    run = jax.jit(lambda q, k: attention(q, k, k, slots))
+    text = run.trace(q, k).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("tpu_custom_call" in text) == (length >= 128)
+
+
 CASES = {"dense": conversation_mask, "packed": Segments, "all": lambda ids: None}
 
 

@@ -145,6 +145,7 @@ class SpeechConfig:
     num_heads: int
     mlp_dim: int
     num_codes: int
+    top_k: int = 2  # likeliest codes that each is drawn among, unless a session asks otherwise
     max_positions: int = 2048
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
@@ -330,7 +331,9 @@ def vita_nano() -> VitaConfig:
             vocab_size=4096, embed_dim=256, num_layers=5, num_heads=8, num_kv_heads=2,
             head_dim=32, mlp_dim=512, max_positions=32768,
         ),
-        speech=SpeechConfig(embed_dim=256, num_layers=4, num_heads=4, mlp_dim=1024, num_codes=1024),
+        speech=SpeechConfig(
+            embed_dim=256, num_layers=4, num_heads=4, mlp_dim=1024, num_codes=1024, top_k=1,
+        ),
         codec=CodecConfig(
             upsample_rates=(4, 5, 5, 6), upsample_kernels=(8, 11, 11, 12), channels=192,
             encoder_channels=8, code_dim=128, num_codes=1024, global_dim=48, num_global_tokens=8,

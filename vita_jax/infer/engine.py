@@ -61,7 +61,6 @@ from vita_jax.infer.session import (  # noqa: F401  (events are part of the engi
     Session,
     TextDelta,
 )
-from vita_jax.infer.voice import SPEECH_SAMPLER
 from vita_jax.models.audio import init_audio_state, stream_frames
 from vita_jax.sharding import make_mesh, rules
 
@@ -182,7 +181,7 @@ class Engine:
         voice=None,
         max_new_tokens: int | None = None,
         sampler: Sampler = Sampler(),
-        speech_sampler: Sampler = SPEECH_SAMPLER,
+        speech_sampler: Sampler | None = None,
         seed: int = 0,
     ) -> Session:
         """A conversation.
@@ -194,8 +193,7 @@ class Engine:
             None is the model's own.
           max_new_tokens: a reply is cut after as many; None is the engine's limit.
           sampler: how text is drawn; greedy by default.
-          speech_sampler: how codes are drawn; by default among the two likeliest, as the release
-            does.
+          speech_sampler: how codes are drawn; None is as the model's config says.
           seed: of all draws; with the same, a request gets the same reply whatever else is asked.
 
         Raises:
@@ -568,7 +566,7 @@ class Engine:
             length,
             key,
             np.int32(voices.MAX_CODES),
-            session.speech_sampler.arrays(),
+            (session.speech_sampler or voices.sampler_of(self.config)).arrays(),
         )
 
     def _sound(self) -> bool:

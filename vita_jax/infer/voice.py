@@ -22,7 +22,6 @@ MAX_CODES = 1000  # of one segment: 25 s
 MIN_SEGMENT_CHARS = 5
 MAX_SEGMENT_TOKENS = 32  # then a segment ends even without punctuation
 SEGMENT_ENDS = ",，.。?？!！、\n"
-SPEECH_SAMPLER = Sampler(temperature=1.0, top_k=2)  # the release's
 
 
 class Segmenter:
@@ -128,7 +127,7 @@ def speak(
     tokenizer: Tokenizer,
     texts,
     max_codes: int = MAX_CODES,
-    sampler: Sampler = SPEECH_SAMPLER,
+    sampler: Sampler | None = None,
     seed: int = 0,
     global_tokens=None,
 ) -> list[np.ndarray]:
@@ -140,11 +139,12 @@ def speak(
       tokenizer: its tokenizer.
       texts: one or more, none of them empty.
       max_codes: where a text that does not end is cut off.
-      sampler: how codes are drawn.
+      sampler: how codes are drawn; None is the config's.
       seed: of the draws.
       global_tokens: int32[G] the voice; None is the config's.
     """
-    segments, sampling = [padded(tokenizer, text) for text in texts], sampler.arrays()
+    segments = [padded(tokenizer, text) for text in texts]
+    sampling = (sampler or sampler_of(config)).arrays()
     longest = max(len(tokens) for tokens, _ in segments)
     num_slots = 2 + longest * config.speech_frames_per_token + max_codes
     state = init_speech(config, len(texts), num_slots, sampling)
@@ -165,6 +165,11 @@ def speak(
     waveforms = decode_codes(config, params, np.where(real, codes, 0), num_codes, voices)
     samples = num_codes * config.codec.samples_per_token
     return [row[:size] for row, size in zip(np.asarray(waveforms), samples)]
+
+
+def sampler_of(config: VitaConfig) -> Sampler:
+    """How codes are drawn unless one is told otherwise. Source: the release's speech decoder."""
+    return Sampler(temperature=1.0, top_k=config.speech.top_k)
 
 
 def voice_of(config: VitaConfig, global_tokens=None) -> np.ndarray:

@@ -81,6 +81,7 @@ def spoken(mixture, learning_rate, num_steps, max_tokens=40, rows=5, init_from=(
 
 
 EYES_AND_WORDS = (r"vision/.*", r"llm/(?!embedding).*")
+PROJECTOR_AND_WORDS = (r"vision/projector/.*", r"llm/(?!embedding).*")
 NUM_UNITS = 1280  # at most, of the CTC head: Chinese characters, and English by the letter
 STAGES = {
     "0": dict(
@@ -365,6 +366,70 @@ STAGES = {
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=1600,
+    ),
+    # The fifth matches pictures with more than names, as the side where a thing is, and keeps the
+    # vision encoder as it then is.
+    "fifth_1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/fourth_1_1/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=seen({"#views": 0.6, "#labels": 0.4}, "views-held_out", 8, 320, 8),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1300,
+    ),
+    "fifth_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/fourth_3_2/model", rf"vision/.*={RUNS}/fifth_1_1/model"),
+        trainable=PROJECTOR_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.08, "#names": 0.37, "#qa": 0.4, "easy_vqa": 0.15},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=400,
+    ),
+    "fifth_2_1b": dict(  # the encoder, too, as far as the LLM can tell it what it misheard
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/fourth_3_2/model",),
+        trainable=(r"audio/.*",),
+        data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=240, max_reject_share=0.5),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=800,
+    ),
+    # A better voice from the same codec tokens, so that what speaks them stays as it is.
+    "fifth_3_1": dict(
+        spoken(
+            {"#train": 0.15, "#train:af_heart,zf_xiaoxiao": 0.85},
+            learning_rate=6e-4,
+            num_steps=3600,
+            init_from=(f"{RUNS}/fourth_3_2/model",),
+        ),
+        trainable=(r"codec/decoder/.*",),
+    ),
+    "fifth_2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(
+            f"{RUNS}/fifth_1_2/model",
+            rf"audio/.*={RUNS}/fifth_2_1b/model",
+            rf"codec/.*={RUNS}/fifth_3_1/model",
+        ),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/.*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.33, "#names": 0.2, "easy_vqa": 0.1, "asr": 0.32, "noise": 0.05},
+                max_tiles=6,
+                spoken_share=0.8,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_audio_frames=280,
+            max_reject_share=0.3,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
+        num_steps=700,
     ),
 }
 

@@ -110,6 +110,30 @@ def test_a_mosaic_names_four_things_in_the_order_they_are_read(folder, monkeypat
             assert any(np.array_equal(drawing, one) for one in known)
 
 
+def test_labels_say_in_few_words_what_is_drawn(folder, monkeypatch):
+    source, drawn = DrawnSource(f"{folder}#labels"), []
+    group, arrange = scenes.group, scenes.arrange
+    monkeypatch.setattr(
+        scenes, "group", lambda rng, things, *a: drawn.append(len(things)) or group(rng, things, *a)
+    )
+    monkeypatch.setattr(
+        scenes, "arrange", lambda *a, **k: drawn.append(a[2][0]) or arrange(*a, **k)
+    )
+    both, seen = {side: zh for side, (_, zh) in talk.SIDES.items()}, set()
+    for index in range(60):
+        drawn.clear()
+        question, answer = (turn["value"] for turn in source.sample(index)["conversations"])
+        assert question == "<image>\n"
+        for side in set(answer.split()) & set(both):
+            assert drawn == [side] and both[side] in answer
+            seen.add(side)
+        for number, word in enumerate(talk.COUNTS, 1):
+            if word in answer.split():
+                assert drawn == [number] and talk.COUNTS[word] in answer
+                seen.add(word)
+    assert len(seen) > 8
+
+
 def test_every_so_many_concepts(folder):
     concepts = DrawnSource(f"{folder}#captions").concepts
     assert DrawnSource(f"{folder}#captions:3").concepts == concepts[::3]

@@ -29,7 +29,9 @@ KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
 }  # fmt: skip
-TURNS = {"captions": (1, 1), "views": (1, 1), "mosaics": (1, 1), "names": (2, 2)}  # least, most
+TURNS = {  # least, most
+    "captions": (1, 1), "views": (1, 1), "mosaics": (1, 1), "labels": (1, 1), "names": (2, 2),
+}  # fmt: skip
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 
 
@@ -37,7 +39,8 @@ class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
     "captions" are plain pictures with what they show and no question, "views" harder ones,
-    "mosaics" four things in one. "names" asks what a picture shows, in both languages; "qa" asks
+    "mosaics" four things in one, "labels" how many of a thing, its side or its colour, or a shape, in
+    few words. "names" asks what a picture shows, in both languages; "qa" asks
     all that `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves,
     and nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
     forms that are not trained on, recordings of other voices, and drawings of the main styles as
@@ -192,6 +195,41 @@ def _caption(concept):
         return "", " ".join(talk.name(concept.en, concept.zh, each) for each in langs)
 
     return caption
+
+
+def _labels(draw):
+    """How many of what, where, or of which colour, in the fewest words: what a picture is matched
+    with should hold more than a name.
+    """
+    noun = draw.nouns(1)[0]
+    _, zh, unit = talk.NOUNS[noun]
+    kind = draw.choose(["count", "count", "place", "place", "colour", "shape"])
+    if kind == "count":
+        number = int(draw.rng.integers(1, 7))
+        picture = scenes.group(draw.rng, [draw.noun(noun)] * number, PX, draw.restyled)
+        word, zh_word = list(talk.COUNTS.items())[number - 1]
+        several = noun if number == 1 else talk.plural(noun)
+        words = f"{word} {several}", f"{zh_word}{unit}{zh}"
+    elif kind == "place":
+        side = draw.choose(talk.SIDES)
+        picture = scenes.arrange(draw.rng, [draw.noun(noun)], [side], PX, draw.restyled)
+        words = side, talk.SIDES[side][1]
+        if draw.rng.random() < 0.5:
+            words = f"{noun} {side}", f"{zh}{words[1]}"
+    elif kind == "colour":
+        word = draw.choose(talk.COLOURS)
+        drawing = scenes.tint(draw.noun(noun), word)
+        picture = scenes.arrange(draw.rng, [drawing], ["middle"], PX, restyled=False)
+        words = f"{word} {noun}", f"{talk.COLOURS[word]}{zh}"
+    else:
+        shape, word = draw.choose(talk.SHAPES), draw.choose(SHAPE_COLOURS)
+        picture = scenes.shape(draw.rng, shape, word, PX)
+        words = f"{word} {shape}", f"{talk.COLOURS[word]}{talk.SHAPES[shape]}"
+
+    def label(lang):
+        return "", " ".join(words if lang == "en" else words[::-1])
+
+    return {"image": picture}, [label]
 
 
 def _name(draw, concept):
@@ -357,5 +395,5 @@ def _qa(draw):
 KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
-    "talk": _talk, "views": _views, "mosaics": _mosaics,
+    "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
 }  # fmt: skip

@@ -39,10 +39,10 @@ class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
     "captions" are plain pictures with what they show and no question, "views" harder ones,
-    "mosaics" four things in one, "labels" how many of a thing, its side or its colour, or a shape, in
-    few words. "names" asks what a picture shows, in both languages; "qa" asks
-    all that `talk.FORMS` lists, about one thing or several, shapes, clips in which something moves,
-    and nothing at all; the others (`KINDS` has them) are parts of "qa". Held-out samples have the
+    "mosaics" four things in one, "labels" the number, side or colour of a thing, or a shape, in few
+    words. "names" asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS`
+    lists, about one thing or several, shapes, clips in which something moves, and nothing at all;
+    the others (`KINDS` has them) are parts of "qa". Held-out samples have the
     forms that are not trained on, recordings of other voices, and drawings of the main styles as
     they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.

@@ -378,9 +378,18 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
         num_steps=1300,
     ),
+    "fifth_1_1b": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/fifth_1_1/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=seen({"#views": 0.65, "#labels": 0.35}, "views-held_out", 8, 320, 8),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=450,
+    ),
     "fifth_1_2": dict(
         file="stage1_2_vision_understanding",
-        init_from=(f"{RUNS}/fourth_3_2/model", rf"vision/.*={RUNS}/fifth_1_1/model"),
+        init_from=(f"{RUNS}/fourth_3_2/model", rf"vision/.*={RUNS}/fifth_1_1b/model"),
         trainable=PROJECTOR_AND_WORDS,
         data=seen(
             {"#mosaics": 0.08, "#names": 0.37, "#qa": 0.4, "easy_vqa": 0.15},
@@ -389,7 +398,7 @@ STAGES = {
             max_tiles=8,
         ),
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=400,
+        num_steps=450,
     ),
     "fifth_2_1b": dict(  # the encoder, too, as far as the LLM can tell it what it misheard
         file="stage2_1b_speech_adapter",
@@ -397,7 +406,7 @@ STAGES = {
         trainable=(r"audio/.*",),
         data=dataclasses.replace(heard({"asr": 1.0}), max_audio_frames=240, max_reject_share=0.5),
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=800,
+        num_steps=450,
     ),
     # A better voice from the same codec tokens, so that what speaks them stays as it is.
     "fifth_3_1": dict(
@@ -429,7 +438,7 @@ STAGES = {
             max_reject_share=0.3,
         ),
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
-        num_steps=700,
+        num_steps=640,
     ),
 }
 

@@ -49,7 +49,7 @@ tokens $runs/again_3_1 $answering codec_tokens_fourth
 train fourth_3_2 $runs/fourth_3_2
 
 # The fifth sees where things are and how many, hears better, and has a clearer voice of the same tokens.
-for stage in fifth_1_1 fifth_1_2 fifth_2_1b fifth_3_1 fifth_2_2; do
+for stage in fifth_1_1 fifth_1_1b fifth_1_2 fifth_2_1b fifth_3_1 fifth_2_2; do
     train $stage $runs/$stage
 done
 [ -e build/nano/model ] || .venv/bin/vita quantize $runs/fifth_2_2/model build/nano/model

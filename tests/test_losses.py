@@ -144,6 +144,7 @@ def test_pictures_are_matched_with_the_words_of_their_conversation():
         tiles = model.apply({"params": params}, alone.tiles[:4], method="encode_tiles")
         table = params["llm"]["embedding"]
         said = [table[x.tokens[x.loss_mask > 0]].mean(axis=0) for x in examples]
+        tiles /= jnp.linalg.norm(tiles, axis=-1, keepdims=True)
         pictures = tiles.mean(axis=(1, 2))
         return match_pairs(pictures, jnp.stack(said), jnp.ones(4, bool))[0].sum()
 

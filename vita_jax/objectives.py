@@ -101,9 +101,10 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
 
 
 def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
-    """Which words go with which picture, among all in the batch: the mean embedding of a
-    conversation's pictures is drawn to the mean of those of its targets, and from those of others.
-    The LLM itself is not run: of it, only the input table is needed.
+    """Which words go with which picture, among all in the batch: the mean direction of what a
+    conversation's pictures are embedded as is drawn to the mean embedding of its targets, and from
+    those of others. Only directions count, as the LLM's norms leave no more of a picture. The LLM
+    itself is not run: of it, only the input table is needed.
 
     Targets are conversations with pictures. Returns as `make_loss` says. Source: arXiv 2103.00020
     (CLIP), with the table in the place of a text tower.
@@ -115,13 +116,15 @@ def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     shown = is_image[:, None] & (tiles[:, None] == jnp.arange(batch.tiles.shape[1])[:, None])
     of_tiles = jnp.where(shown, ids[:, None], 0).max(axis=-1)  # [B, I] each tile's conversation
 
-    def mean(chosen):
+    def mean(values, chosen):
         members = (ids[:, None] == of_tiles[..., None]) & chosen[:, None]
         number = members.sum(axis=-1, keepdims=True)
-        total = jnp.einsum("BIT,BTD->BID", members.astype(jnp.float32), embeddings)
+        total = jnp.einsum("BIT,BTD->BID", members.astype(jnp.float32), values)
         return (total / jnp.maximum(number, 1)).reshape(-1, total.shape[-1]), number[..., 0] > 0
 
-    (pictures, _), (words, told) = mean(is_image), mean(batch.loss_mask > 0)
+    lengths = jnp.sqrt((embeddings * embeddings).sum(axis=-1, keepdims=True) + 1e-9)
+    pictures, _ = mean(embeddings / lengths, is_image)
+    words, told = mean(embeddings, batch.loss_mask > 0)
     first = jnp.diff(of_tiles, axis=1, prepend=0) > 0  # of its conversation's tiles
     real = (first & told).ravel()
     nats, right = match_pairs(pictures, words, real)

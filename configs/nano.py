@@ -425,20 +425,22 @@ STAGES = {
             rf"audio/.*={RUNS}/fifth_2_1b/model",
             rf"codec/.*={RUNS}/fifth_3_1/model",
         ),
-        trainable=(*PROJECTOR_AND_WORDS, r"audio/.*"),
+        trainable=(*EYES_AND_WORDS, r"audio/.*"),
         data=dataclasses.replace(
             heard(
-                {"#qa": 0.33, "#names": 0.2, "easy_vqa": 0.1, "asr": 0.32, "noise": 0.05},
-                max_tiles=6,
-                spoken_share=0.8,
+                {"#qa": 0.42, "#names": 0.18, "easy_vqa": 0.1, "asr": 0.24, "noise": 0.06},
+                max_tiles=7,
+                spoken_share=0.6,
             ),
             held_out=(),
             max_tokens=320,
-            max_audio_frames=280,
-            max_reject_share=0.3,
+            max_audio_frames=240,
+            max_reject_share=0.5,
         ),
-        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, rates={r"audio/.*": 1.5}, **LATER),
-        num_steps=640,
+        optim=OptimConfig(
+            learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.4}, **LATER
+        ),
+        num_steps=380,
     ),
 }
 

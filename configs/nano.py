@@ -442,6 +442,24 @@ STAGES = {
         ),
         num_steps=380,
     ),
+    "fifth_2_2b": dict(  # on, nearly always spoken to
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/fifth_2_2/model",),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/.*"),
+        data=dataclasses.replace(
+            heard(
+                {"#qa": 0.44, "#names": 0.22, "easy_vqa": 0.06, "asr": 0.22, "noise": 0.06},
+                max_tiles=6,
+                spoken_share=0.9,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_audio_frames=240,
+            max_reject_share=0.5,
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=170,
+    ),
 }
 
 

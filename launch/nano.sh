@@ -48,10 +48,10 @@ done
 tokens $runs/again_3_1 $answering codec_tokens_fourth
 train fourth_3_2 $runs/fourth_3_2
 
-# The fifth sees where things are and how many, hears better, and has a clearer voice of the same tokens.
-for stage in fifth_1_1 fifth_1_1b fifth_1_2 fifth_2_1b fifth_3_1 fifth_2_2; do
+# The fifth sees where things are and how many, and speaks the same tokens in a clearer voice.
+for stage in fifth_1_1 fifth_1_1b fifth_1_2 fifth_2_1b fifth_3_1 fifth_2_2 fifth_2_2b; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/fifth_2_2/model build/nano/model
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/fifth_2_2b/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
 .venv/bin/vita eval nano build/nano/model --data $data --before $runs/fifth_1_2/model --out build/nano/eval

@@ -149,7 +149,7 @@ def test_stages_of_the_small_model():
         "fourth_1_1": "third_1_2", "fourth_1_2": "third_2_2", "fourth_2_2": "fourth_1_2",
         "fourth_2_2b": "fourth_2_2", "fourth_3_2": "fourth_2_2b", "fifth_1_1": "fourth_1_1",
         "fifth_1_1b": "fifth_1_1", "fifth_1_2": "fourth_3_2", "fifth_2_1b": "fourth_3_2",
-        "fifth_3_1": "fourth_3_2", "fifth_2_2": "fifth_1_2",
+        "fifth_3_1": "fourth_3_2", "fifth_2_2": "fifth_1_2", "fifth_2_2b": "fifth_2_2",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

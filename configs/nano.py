@@ -368,7 +368,7 @@ STAGES = {
         num_steps=1600,
     ),
     # The fifth matches pictures with more than names, as the side where a thing is, and keeps the
-    # vision encoder as it then is.
+    # vision encoder as it then is for a stage.
     "fifth_1_1": dict(
         file="stage1_1_vision_alignment",
         init_from=(f"{RUNS}/fourth_1_1/model",),

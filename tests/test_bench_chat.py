@@ -154,7 +154,7 @@ def test_an_hour_of_silence_is_refused(monkeypatch):
     silent = bench_chat._Turn(0.0)
     monkeypatch.setattr(bench_chat, "_answered", lambda *args: silent)
     with pytest.raises(ValueError, match="vita_tiny: no reply had sound"):
-        bench_chat.hour(TINY, QUESTIONS[:1], minutes=0.1)
+        bench_chat.hour(TINY, QUESTIONS[:1], 0.1, bench_chat.engine_of(TINY))
 
 
 def test_commands(monkeypatch, tmp_path, capsys):

@@ -202,7 +202,8 @@ def hour(work: Work, questions=QUESTIONS, minutes: float = 60.0, engine=None) ->
       work: the model.
       questions: to ask.
       minutes: of sound, questions and replies together.
-      engine: of `work`; None makes one.
+      engine: of `work`; None makes one and compiles all that it may need, so that its memory tells
+        what a conversation takes.
 
     Returns:
       a report: `rows`, objects for each tenth of the conversation with minutes (up to its end),
@@ -213,7 +214,10 @@ def hour(work: Work, questions=QUESTIONS, minutes: float = 60.0, engine=None) ->
       FileNotFoundError, ValueError: a model without a voice, input that cannot be used, or a tenth
         without a sound.
     """
-    engine, options = engine or engine_of(work), _options(work)
+    options = _options(work)
+    if engine is None:
+        engine = engine_of(work)
+        engine.warm_up(max(len(_sound(question)) for question in questions) / SAMPLE_RATE_HZ)
     for question in questions:
         _ask(engine, question, options)
     session, asked, turns = engine.session(**options), itertools.cycle(questions), []
@@ -314,9 +318,14 @@ def _begin(session, question):
     """Shows the picture of the question; gives the pieces of its sound."""
     if question.image is not None:
         session.push_image(question.image)
-    given = question.audio
-    samples = given if isinstance(given, np.ndarray) else _samples(given)
+    samples = _sound(question)
     return np.split(samples, range(PIECE_SAMPLES, len(samples), PIECE_SAMPLES))
+
+
+def _sound(question):
+    """float32[W] at 16 kHz."""
+    given = question.audio
+    return given if isinstance(given, np.ndarray) else _samples(given)
 
 
 def _ask(engine, question, options, whole=True):

@@ -1,7 +1,8 @@
 """Stage 2.1b, speech adapter: teach it, and prompts in front of each clip, the LLM's language.
 
 Run:     vita train configs/stage2_1b_speech_adapter.py --workdir runs/s2_1b
-         (add --tiny to try it on a CPU)
+         (add --tiny to try it on a CPU; without the LLM, by CTC of embeddings against its input
+         table: objective=align optim.accumulation=1 'trainable=["audio/(encoder|adapter)/.*"]')
 Needs:   the model of stage 1.3 in runs/s1_3/model, that of stage 2.1a in runs/s2_1a/model, speech
          to write down in data/speech, other speech to validate with in data/held_out/speech
 Source:  VITA-1.5 paper, three-stage training, stage 2.1; the release's scripts "s1 audio MLP"

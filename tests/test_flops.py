@@ -52,6 +52,10 @@ def test_forward_passes_agree_with_the_compiler():
     hears = model_flops(config, "ctc", (), full)
     by_xla = counted(config, "unit_logits", full.audio, full.audio_mask)
     assert hears == pytest.approx(by_xla, rel=0.05)
+    steps = config.audio.adapter_frames(full.audio_mask.sum(axis=-1)).sum()
+    table = 2 * steps * config.llm.embed_dim * config.llm.vocab_size
+    by_xla = counted(config, "encode_audio", full.audio, full.audio_mask)
+    assert model_flops(config, "align", (), full) == pytest.approx(by_xla + table, rel=0.05)
 
 
 def test_what_trains_takes_more_passes():

@@ -5,6 +5,7 @@ bad samples.
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -466,19 +467,23 @@ def test_too_many_bad_samples_stop(folder, spoilt, tmp_path):
         next(Loader(settings(folder, mixture={path: 1.0}, max_reject_share=0.9), PROCESSOR))
 
 
-def test_transcripts_longer_than_the_clip(folder, tmp_path):
-    # 1 s is 98 frames, 23 encoder frames.
-    texts = ["abcdefgh" * 3, "ab" * 11 + "c", "ab" * 11 + "b", "a" * 12, "a" * 13]
+@pytest.mark.parametrize("objective, most", [("ctc", "23 encoder frames"), ("align", "12 embed")])
+def test_transcripts_longer_than_the_clip(objective, most, folder, tmp_path):
+    # 1 s is 98 frames, 23 encoder frames, 12 embeddings.
+    n = int(most[:2])
+    texts = ["abcdefgh" * 3, "ab" * (n // 2) + "c" * (n % 2), "ab" * (n // 2) + "bb"]
+    texts += ["a" * ((n + 1) // 2), "a" * ((n + 1) // 2 + 1)]
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "0.wav").write_bytes((folder / "audio" / "0.wav").read_bytes())
     samples = [{"audio": "0.wav", "conversations": talk("<audio>", text)} for text in texts]
     path = write(tmp_path / "asr.jsonl", samples)
     data = settings(folder, mixture={path: 1.0}, num_shards=1, batch_size=1, max_reject_share=0.9)
-    loader = Loader(data, PROCESSOR, tmp_path / "rejects.jsonl", objective="ctc")
+    loader = Loader(data, PROCESSOR, tmp_path / "rejects.jsonl", objective=objective)
     take(loader, 10)
     lines = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert {line["index"] for line in lines} == {0, 2, 4}
-    assert any("need 25 encoder frames, the clip has 23" in line["reason"] for line in lines)
+    reason = f"need {13 if n == 12 else 25} {most.split()[1]}.*, the clip has {n}"
+    assert any(re.search(reason, line["reason"]) for line in lines)
 
 
 def test_settings_that_make_no_batch(folder):

@@ -22,8 +22,10 @@ from vita_jax.config import load_config, override
 from vita_jax.data import prompts, synthetic
 from vita_jax.data.collate import collate
 from vita_jax.losses import (
+    NO_WORD,
     STATE_WEIGHTS,
     TEMPERATURE,
+    WORD_TEMPERATURE,
     ctc_loss,
     ctc_read,
     ctc_targets,
@@ -34,6 +36,7 @@ from vita_jax.losses import (
     of_conversations,
     state_loss,
     state_targets,
+    word_logits,
 )
 from vita_jax.models.vita import Vita, init_params
 
@@ -185,6 +188,53 @@ def test_ctc_does_not_see_padding():
             labels[i : i + 1, : lengths[i]], lengths[i : i + 1],
         )  # fmt: skip
         np.testing.assert_allclose(alone, found[i : i + 1], rtol=1e-5)
+
+
+def test_words_are_near_rows_of_the_table():
+    rng = np.random.default_rng(0)
+    table = 3 * rng.standard_normal((5, 64)).astype(np.float32)
+    frames = np.stack([table[[2, 2, 4]], rng.standard_normal((3, 64)).astype(np.float32)])
+    logits = np.asarray(word_logits(frames, table))
+    assert logits.shape == (2, 3, 6)
+    np.testing.assert_allclose(logits[..., 0] * WORD_TEMPERATURE, NO_WORD, rtol=1e-5)
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (frames, table)]
+    cosines = np.einsum("BTD,VD->BTV", *unit)
+    np.testing.assert_allclose(logits[..., 1:] * WORD_TEMPERATURE, cosines, atol=1e-5)
+    said = ctc_read(logits, np.array([3, 3]))
+    np.testing.assert_array_equal(said, [[3, 5, 0], [0, 0, 0]])  # what is near no word says none
+
+
+def test_clips_are_aligned_with_words_but_for_their_prompts(tmp_path):
+    words = "data.batch_size=2", "data.max_clips=3", "model.audio.num_prompts=2"
+    stage = ROOT / "configs" / "stage2_1b_speech_adapter.py"
+    samples = synthetic.samples("speech", 4, seed=0)
+    for sample, text in zip(samples, ["a", "see", "b b", "1"]):
+        sample["conversations"][1]["value"] = text
+    stage = load_config(stage, (*words, "objective=align"), tiny=True)
+    config, loader = loader_of(stage, tmp_path, samples)
+    batch = next(loader)
+    model, params = Vita(config.model), trees.flatten(init_params(config.model, 0))
+    small = {k: v for k, v in params.items() if k.startswith(feed.used_parts(config, batch))}
+    loss = functools.partial(objectives.align_loss, config, model, frozen={}, batch=batch)
+    small = trees.unflatten(small)
+    (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(small)
+    expected = 0
+    for row in range(2):
+        for clip in range(batch.segment_ids[row].max()):
+            frames = batch.audio[row, clip][None, : batch.audio_mask[row, clip].sum()]
+            heard = model.apply(
+                {"params": small}, frames, np.array([frames.shape[1]]),
+                method=lambda m, *x: m.audio(*x),
+            )[:, 2:]  # fmt: skip
+            said = batch.tokens[row][batch.segment_ids[row] == clip + 1][None]
+            lengths = np.array([heard.shape[1]]), np.array([said.shape[1]])
+            logits = word_logits(heard, small["llm"]["embedding"])
+            expected += ctc_loss(logits, lengths[0], said + 1, lengths[1])[0]
+    np.testing.assert_allclose(nats, expected, rtol=1e-5)
+    assert sums["targets"] == (batch.segment_ids > 0).sum() and sums["replies"] > 2
+    grads = {path: np.abs(grad).max() for path, grad in trees.flatten(grads).items()}
+    assert not grads["audio/prompts"] and grads["audio/adapter/out"] > 0
+    assert grads["audio/encoder/subsampling/conv1"] > 0
 
 
 def test_ctc_targets_by_clip():

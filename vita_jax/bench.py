@@ -22,7 +22,7 @@ import numpy as np
 from vita_jax import config as configs
 from vita_jax import params as trees
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, TEXT_TOKEN, Batch
-from vita_jax.config import TrainConfig
+from vita_jax.config import HEARING, TrainConfig
 
 WARM_UP = 3  # steps before the clock starts
 SEGMENTS = 4  # conversations packed in a row
@@ -85,7 +85,7 @@ def train_beside_torch(
       ValueError: no peer does what the stage does.
     """
     on_text = all(path.startswith("llm/") for path in config.trainable)
-    without = config.objective in ("ctc", "match")
+    without = config.objective in ("match", *HEARING)
     if config.lora or without or config.objective == "next_token" and not on_text:
         raise ValueError(
             f"objective={config.objective!r}, trainable={config.trainable}: no peer does that; "

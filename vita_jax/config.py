@@ -453,7 +453,8 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-OBJECTIVES = ("next_token", "match", "ctc", "codec", "speech")
+OBJECTIVES = ("next_token", "match", "ctc", "align", "codec", "speech")
+HEARING = ("ctc", "align")  # of these, by CTC
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,9 @@ def used_parts(config: TrainConfig, batch: Batch) -> tuple[str, ...]:
     """
     if config.objective == "ctc":
         return ("audio",)
+    tables = ("llm/embedding", "llm/head", "llm/state_")  # which come together
+    if config.objective == "align":
+        return ("audio", *tables)
     if config.objective == "codec":
         return ("codec", *["discriminators"] * bool(config.discriminator_channels))
     if config.objective == "speech":
@@ -158,7 +161,7 @@ def used_parts(config: TrainConfig, batch: Batch) -> tuple[str, ...]:
             raise ValueError(
                 f"data.mixture={config.data.mixture}: no pictures, which objective='match' is about"
             )
-        return ("vision", "llm/embedding", "llm/head", "llm/state_")  # tables, which come together
+        return ("vision", *tables)
     seen = ("vision",) * (batch.tiles is not None) + ("audio",) * (batch.audio is not None)
     return (*seen, "llm")
 

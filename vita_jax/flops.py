@@ -38,7 +38,7 @@ def model_flops(
     Args:
       config: the model.
       objective: "next_token"; "match": then the vision encoder and projector alone are used; "ctc":
-        the audio encoder; "speech": the speech decoders; "codec".
+        the audio encoder; "align": with the adapter; "speech": the speech decoders; "codec".
       trained: paths of the parameters that train. A part that does not train, with nothing
         before it that does, has no backward pass. An adapter is part of what it adapts.
       batch: NumPy arrays.
@@ -67,6 +67,10 @@ def model_flops(
         head = 2 * steps * config.audio.embed_dim * config.audio.num_units
         return _passes([encoder, ("audio/ctc", head, 0)], trained)
     vision, audio = _vision(config, tiles), [encoder, _adapter(config, frames)]
+    if objective == "align":
+        steps = config.audio.adapter_frames(frames).sum()
+        table = 2 * steps * config.llm.embed_dim * config.llm.vocab_size
+        return _passes([*audio, ("llm/embedding", table, 0)], trained)
     # Backwards through the LLM whenever anything trains; through an encoder only for its own sake.
     total = _passes(vision, trained) + _passes(audio, trained)
     total += _llm(config, tokens, pairs) * (2 + any(path.startswith("llm/") for path in trained))

@@ -16,6 +16,8 @@ from vita_jax.models.attention import MASKED
 STATE_WEIGHTS = (1.0, 5.0, 1.0)
 TEMPERATURE = 0.05  # of a match: what cosines are divided by
 SAME = 0.999  # cosine of words that are the same
+WORD_TEMPERATURE = 0.02  # of the words of a clip: sharp, as there are thousands to be told apart
+NO_WORD = 0.35  # the cosine that a word has to be above, else a frame says none
 
 
 def next_token_targets(tokens, segment_ids, loss_mask):
@@ -167,6 +169,24 @@ def ctc_targets(tokens, positions, segment_ids, num_clips: int, max_labels: int)
     empty = jnp.zeros((tokens.shape[0], num_clips, max_labels), jnp.int32)
     labels = empty.at[rows, clips, positions].set(tokens + 1, mode="drop")
     return labels.reshape(-1, max_labels), (labels > 0).sum(axis=-1).reshape(-1)
+
+
+def word_logits(frames, table):
+    """CTC logits of words by cosine: of the blank, which takes what is near no word, and each token.
+
+    Args:
+      frames: dtype[B, T, D].
+      table: dtype[V, D], a row for each token.
+
+    Returns:
+      float32[B, T, V + 1].
+    """
+    frames, table = (
+        x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-9)
+        for x in (frames.astype(jnp.float32), table.astype(jnp.float32))
+    )
+    blank = ((0, 0), (0, 0), (1, 0))
+    return jnp.pad(frames @ table.T, blank, constant_values=NO_WORD) / WORD_TEMPERATURE
 
 
 def ctc_read(logits, num_frames):

@@ -1,5 +1,5 @@
-"""What a stage makes small: next tokens, which words go with which picture, what clips say, codec
-tokens, or what a codec loses.
+"""What a stage makes small: next tokens, which words go with which picture, what clips say in units
+or in the LLM's tokens, codec tokens, or what a codec loses.
 
 Goes in: parameters and a `Batch`. Comes out: the sum of the loss over targets and the counts that
 metrics are made of; sums, so that pieces of a batch, and batches, add up. Read next: `losses.py`,
@@ -28,6 +28,7 @@ from vita_jax.losses import (
     next_token_targets,
     of_conversations,
     state_loss,
+    word_logits,
 )
 from vita_jax.models.discriminators import Discriminators
 from vita_jax.models.vita import Vita
@@ -55,6 +56,7 @@ def make_loss(config: TrainConfig, training: bool = True):
         "next_token": read_loss,
         "match": match_loss,
         "ctc": hear_loss,
+        "align": align_loss,
         "speech": speak_loss,
     }[config.objective]
     return functools.partial(loss, config, model)
@@ -165,7 +167,27 @@ def hear_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     Returns as `make_loss` says.
     """
     variables = lora.variables(config, params, frozen)
-    logits, num_frames = model.apply(variables, batch.audio, batch.audio_mask, method="unit_logits")
+    found = model.apply(variables, batch.audio, batch.audio_mask, method="unit_logits")
+    return _transcribed(batch, *found)
+
+
+def align_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
+    """What each clip says in the LLM's tokens, by CTC: each embedding of a clip is drawn to the row
+    of a token in the input table, or away from all rows, so that the LLM hears words as it reads
+    them. The LLM itself is not run: of it, only that table is needed. Prompts have no part in it.
+
+    Wrong tokens are those that an edit adds, drops or replaces. Returns as `make_loss` says. Ours.
+    """
+    variables = lora.variables(config, params, frozen)
+    clips, counts = model.apply(variables, batch.audio, batch.audio_mask, method="encode_audio")
+    num_prompts = config.model.audio.num_prompts
+    clips = clips.reshape(-1, *clips.shape[2:])[:, num_prompts:]
+    logits = word_logits(clips, variables["params"]["llm"]["embedding"])
+    return _transcribed(batch, logits, jnp.maximum(counts.ravel() - num_prompts, 0))
+
+
+def _transcribed(batch, logits, num_frames):
+    """The CTC loss of all clips, and its counts."""
     labels, num_labels = ctc_targets(
         batch.tokens, batch.positions, batch.segment_ids, batch.audio.shape[1], logits.shape[1]
     )

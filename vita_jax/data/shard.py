@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vita_jax.batch import Batch
+from vita_jax.config import HEARING
 from vita_jax.data import utterance
 from vita_jax.data.augment import Augment
 from vita_jax.data.processor import Example, Processor
@@ -31,7 +32,7 @@ class Reader:
 
     def __init__(self, data, processor, sources, objective):
         # The words of a clip are few; the conversation around them does not enter the row.
-        limit = processor.max_tokens if objective == "ctc" else data.max_tokens
+        limit = processor.max_tokens if objective in HEARING else data.max_tokens
         augment = None
         if data.augment_audio:
             augment = Augment.with_noises(data.noises) if data.noises else Augment()
@@ -48,7 +49,7 @@ class Reader:
         media = frozenset().union(*(source.media for source in sources))
         self.has_tiles = bool(media & {"image", "video"}) and objective in ("next_token", "match")
         heard = media & ({"audio", "recordings"} if data.spoken_share else {"audio"})
-        self.has_audio = bool(heard) and objective in ("next_token", "ctc")
+        self.has_audio = bool(heard) and objective in ("next_token", *HEARING)
 
     def identity(self):
         """What the stream of samples depends on; not where they lie."""
@@ -100,7 +101,7 @@ class Reader:
             example = utterance.example(
                 self.objective, self.processor, sample, self.data.max_tokens, rng
             )
-        if self.objective == "ctc":
+        if self.objective in HEARING:
             example = self._transcript(example)
         frames = max(map(len, example.audio), default=0)
         for what, size, limit in (
@@ -111,7 +112,7 @@ class Reader:
         ):
             if size > (most := getattr(self.data, limit)):
                 raise ValueError(f"{size} {what}, over data.{limit}={most}")
-        if not example.loss_mask[1:].any() and self.objective != "ctc":
+        if not example.loss_mask[1:].any() and self.objective not in HEARING:
             raise ValueError("no target in it")
         return example
 
@@ -124,11 +125,14 @@ class Reader:
             words = np.asarray(self.units.encode(tokenizer.decode(words)), np.int32)
         if len(example.audio) != 1 or not len(words):
             raise ValueError(f"{len(example.audio)} clips, {len(words)} targets; expected one clip")
-        frames = self.processor.config.audio.encoder_frames(len(example.audio[0]))
+        audio, aligned = self.processor.config.audio, self.objective == "align"
+        frames_of = audio.adapter_frames if aligned else audio.encoder_frames
+        frames = frames_of(len(example.audio[0]))
         # Between two equal targets CTC needs a blank.
         needed = len(words) + int((words[1:] == words[:-1]).sum())
         if needed > frames:
-            raise ValueError(f"targets need {needed} encoder frames, the clip has {frames}")
+            what = "embeddings" if aligned else "encoder frames"
+            raise ValueError(f"targets need {needed} {what}, the clip has {frames}")
         return Example(words, np.ones(len(words), np.float32), None, example.audio)
 
     def fits(self, examples) -> bool:
@@ -143,7 +147,7 @@ class Reader:
     def row(self, examples) -> dict[str, np.ndarray]:
         """The fields of `Batch` for one row of examples, perhaps of none, not padded yet."""
         lengths = [len(example.tokens) for example in examples]
-        whole = not self.data.isolate and self.objective != "ctc"
+        whole = not self.data.isolate and self.objective not in HEARING
         spans = [sum(lengths)] if whole else lengths  # the release lets packed samples see others
         config = self.processor.config
         out = {

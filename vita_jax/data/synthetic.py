@@ -15,7 +15,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from vita_jax.batch import Batch
-from vita_jax.config import DataConfig
+from vita_jax.config import HEARING, DataConfig
 from vita_jax.data import utterance
 from vita_jax.data.audio import SAMPLE_RATE_HZ
 from vita_jax.data.collate import collate
@@ -143,7 +143,7 @@ def _examples(data, processor, objective, number, seed):
         for (source, number) in zip(data.mixture, counts)
         for sample in samples(source.removeprefix(PREFIX), number, seed)
     ]
-    if objective == "ctc":
+    if objective in HEARING:
         examples = [_transcript(example, processor.tokenizer) for example in examples]
     return examples
 

@@ -44,7 +44,8 @@ VOICES = {  # that ask, in training
     ),
     "zh": ("zf_xiaobei", "zf_xiaoni", "zf_xiaoxiao", "zm_yunjian", "zm_yunxi", "zm_yunxia"),
 }
-NUM_VOICES = 6  # that ask each form
+NUM_OFTEN = 12  # forms of a task that are asked often; others are asked once
+NUM_VOICES = 6  # that ask each of these
 NUM_UNSEEN = 100  # sentences a language
 NUM_PROMPTS = 151  # recorded ones that are held out
 
@@ -62,8 +63,8 @@ def jobs(
       seed: the same seed draws the same voices and nouns.
 
     Returns:
-      (kind, language, voice, text, split) each: "question" is a form with its slots filled, by
-      `NUM_VOICES` voices and by all that are held out, "answer" what `talk.answers` lists and
+      (kind, language, voice, text, split) each: "question" is a form with its slots filled, of the
+      first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one, "answer" what `talk.answers` lists and
       the name of each concept, "name" the same by a voice that does not answer, "sentence" one of
       `unseen`, of which `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or
       "unseen" (the text).
@@ -72,15 +73,18 @@ def jobs(
     concepts, unseen = list(concepts), sorted(unseen)
     for lang in talk.LANGS:
         for held_out in (False, True):
-            asked = [form for task in talk.FORMS for form in talk.forms(task, lang, held_out)]
-            for form in asked + [question for question, _ in talk.small_talk(lang, held_out)]:
-                rng = _generator(seed, form)
-                for _ in range(3 if "{" in form else 1):
-                    chosen = rng.permutation(VOICES[lang])[:NUM_VOICES]
+            asked = [
+                pair for task in talk.FORMS for pair in enumerate(talk.forms(task, lang, held_out))
+            ]
+            asked += [(0, question) for question, _ in talk.small_talk(lang, held_out)]
+            for number, form in asked:
+                rng, often = _generator(seed, form), number < NUM_OFTEN
+                for _ in range(3 if "{" in form and often else 1):
+                    chosen = rng.permutation(VOICES[lang])[: NUM_VOICES if often else 1]
                     for voice in () if held_out else map(str, chosen):
                         text = _filled(form, lang, rng)
                         queues["question"].append(("question", lang, voice, text, "train"))
-                    for voice in HELD_OUT[lang]:
+                    for voice in HELD_OUT[lang] if often or held_out else ():
                         text = _filled(form, lang, rng)
                         queues["held_out"].append(("question", lang, voice, text, "held_out"))
         named = [talk.name(concept.en, concept.zh, lang) for concept in concepts]

@@ -71,6 +71,18 @@ def test_questions_fit_what_is_drawn(folder):
     assert len(seen) > 70
 
 
+def test_spoken_samples_begin_with_what_was_recorded(folder):
+    found = []
+    for kind in ("qa", "spoken"):
+        source = DrawnSource(f"{folder}#{kind}")
+        samples = [source.sample(index) for index in range(60)]
+        asked = [sample["conversations"][0]["value"].rpartition("\n")[2] for sample in samples]
+        heard = ["recordings" in sample for sample in samples]
+        assert heard == [question in ("What is this?", "这是什么？") for question in asked]
+        found.append(sum(heard))
+    assert found[1] > 4 > found[0]
+
+
 @pytest.mark.parametrize("kind", ["captions", "views"])
 def test_captions_name_in_both_languages_what_a_picture_shows(folder, kind):
     source, first = DrawnSource(f"{folder}#{kind}"), set()

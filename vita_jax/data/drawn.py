@@ -25,6 +25,7 @@ LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first come
 HELD_OUT = 1_000_003  # of the seed, for samples that are not trained on
 PX = 112  # of a picture's edge
 FRAMES = 4  # of a video
+TRIES = 20  # to find a question that was recorded
 KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
@@ -42,9 +43,10 @@ class DrawnSource:
     "mosaics" four things in one, "labels" the number, side or colour of a thing, or a shape, in few
     words. "names" asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS`
     lists, about one thing or several, shapes, clips in which something moves, and nothing at all;
-    the others (`KINDS` has them) are parts of "qa". Held-out samples have the
-    forms that are not trained on, recordings of other voices, and drawings of the main styles as
-    they are.
+    "spoken" are of both kinds, but each begins with a question that recordings ask, if `TRIES`
+    draws find one; the others (`KINDS` has them) are parts of "qa". Held-out samples have the forms
+    that are not trained on, recordings of other voices, and drawings of the main styles as they
+    are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -94,6 +96,10 @@ class DrawnSource:
         for number in range(draw.rng.integers(*TURNS.get(self.kind, (2, 4)), endpoint=True)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
+            for _ in range(TRIES if self.kind == "spoken" and not number else 0):
+                if question in self.recordings:
+                    break
+                question, reply = draw.choose(asks)(lang)
             if not number:
                 recordings = self.recordings.get(question, [])
                 question = "".join(f"<{kind}>\n" for kind in media) + question
@@ -392,8 +398,14 @@ def _qa(draw):
     return list(SHARES)[draw.rng.choice(len(shares), p=shares / shares.sum())](draw)
 
 
+def _spoken(draw):
+    """Names or any of the others."""
+    return (_names if draw.rng.random() < 0.3 else _qa)(draw)
+
+
 KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
     "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
+    "spoken": _spoken,
 }  # fmt: skip

@@ -81,7 +81,8 @@ def build(
         place = target / "held_out" if held_out else target
         number = NUM_VALIDATED if held_out else NUM_TEXTS
         write(place / "text", texts(known, number, 0, held_out))
-        write(place / "asr", _to_transcribe(target, place / "asr", held_out))
+        write(place / "asr", _to_transcribe(target, place / "asr", held_out, talk.LANGS))
+        write(place / "asr_zh", _to_transcribe(target, place / "asr_zh", held_out, ("zh",)))
         write(place / "noise", _unasked(target, place / "noise", held_out))
     write(target / "easy_vqa", easy_vqa("train"))
     sets = judged.write_sets(target, packages, seen, progress)
@@ -270,12 +271,14 @@ def clips(target: Path) -> list[dict]:
     ]
 
 
-def _to_transcribe(target, folder, held_out):
-    """Speech to write down; its files are found by way of the folder's own `audio`."""
+def _to_transcribe(target, folder, held_out, langs):
+    """Speech in these languages to write down; its files are found by way of the folder's own
+    `audio`.
+    """
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     up = "../" * held_out
     for row in clips(target):
-        if row["split"] == ("held_out" if held_out else "train"):
+        if row["split"] == ("held_out" if held_out else "train") and row["lang"] in langs:
             yield transcription(row | {"file": up + row["file"]})
 
 

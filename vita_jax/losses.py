@@ -172,7 +172,7 @@ def ctc_targets(tokens, positions, segment_ids, num_clips: int, max_labels: int)
 
 
 def word_logits(frames, table):
-    """CTC logits of words by cosine: of the blank, which takes what is near no word, and each token.
+    """CTC logits by cosine: of the blank, which takes what is near no word, and of each token.
 
     Args:
       frames: dtype[B, T, D].

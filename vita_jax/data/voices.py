@@ -64,10 +64,10 @@ def jobs(
 
     Returns:
       (kind, language, voice, text, split) each: "question" is a form with its slots filled, of the
-      first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one, "answer" what `talk.answers` lists and
-      the name of each concept, "name" the same by a voice that does not answer, "sentence" one of
-      `unseen`, of which `NUM_UNSEEN` are taken. The split is "train", "held_out" (the voice) or
-      "unseen" (the text).
+      first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one,
+      "answer" what `talk.answers` lists and the name of each concept, "name" the same by a voice
+      that does not answer, "sentence" one of `unseen`, of which `NUM_UNSEEN` are taken. The split
+      is "train", "held_out" (the voice) or "unseen" (the text).
     """
     queues = {kind: [] for kind in ("question", "held_out", "answer", "name", "sentence")}
     concepts, unseen = list(concepts), sorted(unseen)

@@ -460,6 +460,82 @@ STAGES = {
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
         num_steps=170,
     ),
+    # In the sixth, the LLM reads three times as many forms of questions, about pictures that are
+    # embedded as before, and clips are embedded as words are: by CTC in the LLM's own tokens.
+    "sixth_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/fifth_2_2b/model",),
+        trainable=PROJECTOR_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.05, "#names": 0.33, "#qa": 0.47, "easy_vqa": 0.1, "text": 0.05},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1150,
+    ),
+    "sixth_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/fifth_2_2b/model",),
+        objective="align",
+        trainable=(r"audio/(encoder|adapter)/.*",),
+        data=dataclasses.replace(
+            heard({"asr": 1.0}, batch_size=8), max_audio_frames=240, max_reject_share=0.5, seed=44
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
+        num_steps=2400,
+    ),
+    "sixth_2_1c": dict(  # on, with as much Mandarin as English, and its clips, which are longer
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/sixth_2_1b/model",),
+        objective="align",
+        trainable=(r"audio/(encoder|adapter)/.*",),
+        data=dataclasses.replace(heard({"asr": 0.45, "asr_zh": 0.55}, batch_size=8), seed=45),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, clip_norm=5.0, **LATER),
+        num_steps=1000,
+    ),
+    "sixth_2_2": dict(  # the audio encoder stays as it is: the LLM is what has to learn
+        file="stage2_2_audio_sft",
+        init_from=(
+            f"{RUNS}/sixth_1_2/model",
+            rf"audio/(encoder|adapter)/.*={RUNS}/sixth_2_1c/model",
+        ),
+        trainable=(*EYES_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=dataclasses.replace(
+            heard(
+                {"#spoken": 0.42, "#qa": 0.16, "#names": 0.1, "easy_vqa": 0.06}
+                | {"asr": 0.1, "asr_zh": 0.05, "noise": 0.11},
+                max_tiles=6,
+                spoken_share=0.9,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_reject_share=0.5,
+        ),
+        optim=OptimConfig(
+            learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.5}, **LATER
+        ),
+        num_steps=760,
+    ),
+    "sixth_2_2b": dict(  # on, with questions that have no picture: these it took for noise
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/sixth_2_2/model",),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=dataclasses.replace(
+            heard(
+                {"#spoken": 0.48, "#talk": 0.18, "#qa": 0.08, "#names": 0.06, "easy_vqa": 0.04}
+                | {"asr": 0.06, "asr_zh": 0.03, "noise": 0.07},
+                max_tiles=6,
+                spoken_share=0.9,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_reject_share=0.5,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
+        num_steps=220,
+    ),
 }
 
 
@@ -473,9 +549,14 @@ def get_config(stage):
     first = list(STAGES).index("2_1b")  # of the stages with trained prompts
     prompts = PROMPTS * (list(STAGES).index(stage) >= first)
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
+    # Embeddings of pictures had become six times as long as what the first layer of the LLM adds to
+    # them: it could not tell them where they stand. From the sixth round on they are shorter.
+    shorter = 1 / 16 if stage.startswith("sixth") else 1
+    scale = model.vision.embeddings_scale * shorter
+    vision = dataclasses.replace(model.vision, embeddings_scale=scale)
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, audio=audio),
+        model=dataclasses.replace(model, vision=vision, audio=audio),
         dtype="float32",
         remat="none",
         save_every=200,

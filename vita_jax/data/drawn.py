@@ -25,7 +25,8 @@ LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first come
 HELD_OUT = 1_000_003  # of the seed, for samples that are not trained on
 PX = 112  # of a picture's edge
 FRAMES = 4  # of a video
-TRIES = 20  # to find a question that was recorded
+SPOKEN = ("spoken", "talk")  # kinds of which the first question is one that was recorded
+TRIES = 20  # to find one
 KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
@@ -43,10 +44,10 @@ class DrawnSource:
     "mosaics" four things in one, "labels" the number, side or colour of a thing, or a shape, in few
     words. "names" asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS`
     lists, about one thing or several, shapes, clips in which something moves, and nothing at all;
-    "spoken" are of both kinds, but each begins with a question that recordings ask, if `TRIES`
-    draws find one; the others (`KINDS` has them) are parts of "qa". Held-out samples have the forms
-    that are not trained on, recordings of other voices, and drawings of the main styles as they
-    are.
+    "spoken" are of both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN`
+    begin with a question that recordings ask, if `TRIES` draws find one. Held-out samples have the
+    forms that are not trained on, recordings of other voices, and drawings of the main styles as
+    they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -96,7 +97,7 @@ class DrawnSource:
         for number in range(draw.rng.integers(*TURNS.get(self.kind, (2, 4)), endpoint=True)):
             lang = str(langs[number % 2])
             question, reply = draw.choose(asks)(lang)
-            for _ in range(TRIES if self.kind == "spoken" and not number else 0):
+            for _ in range(TRIES if self.kind in SPOKEN and not number else 0):
                 if question in self.recordings:
                     break
                 question, reply = draw.choose(asks)(lang)

@@ -536,6 +536,23 @@ STAGES = {
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
         num_steps=220,
     ),
+    "sixth_2_2c": dict(  # on, with as much that asks nothing
+        file="stage2_2_audio_sft",
+        init_from=(f"{RUNS}/sixth_2_2b/model",),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=dataclasses.replace(
+            heard(
+                {"#spoken": 0.36, "#talk": 0.22, "#names": 0.08, "noise": 0.34},
+                max_tiles=6,
+                spoken_share=0.9,
+            ),
+            held_out=(),
+            max_tokens=320,
+            max_reject_share=0.5,
+        ),
+        optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
+        num_steps=110,
+    ),
 }
 
 

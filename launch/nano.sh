@@ -54,9 +54,9 @@ for stage in fifth_1_1 fifth_1_1b fifth_1_2 fifth_2_1b fifth_3_1 fifth_2_2 fifth
 done
 
 # The sixth is asked in far more ways, sees where things stand, and hears words as it reads them.
-for stage in sixth_1_2 sixth_2_1b sixth_2_1c sixth_2_2 sixth_2_2b; do
+for stage in sixth_1_2 sixth_2_1b sixth_2_1c sixth_2_2 sixth_2_2b sixth_2_2c; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/sixth_2_2b/model build/nano/model
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/sixth_2_2c/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
 .venv/bin/vita eval nano build/nano/model --data $data --before $runs/sixth_1_2/model --out build/nano/eval

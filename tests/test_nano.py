@@ -85,8 +85,10 @@ def test_clips_and_what_is_made_of_them(tmp_path):
         voices.keep(tmp_path / "speech", row, np.zeros(2400, np.float32), 24000)
     for held_out, texts in ((False, ["What is this?", "It rains."]), (True, ["这是什么？"])):
         folder = tmp_path / "held_out" if held_out else tmp_path
-        samples = list(nano._to_transcribe(tmp_path, folder / "asr", held_out))
+        samples = list(nano._to_transcribe(tmp_path, folder / "asr", held_out, talk.LANGS))
         assert [one["conversations"][1]["value"] for one in samples] == texts
+        zh = list(nano._to_transcribe(tmp_path, folder / "asr_zh", held_out, ("zh",)))
+        assert [one["conversations"][1]["value"] for one in zh] == texts * held_out
         for one in samples:
             assert (folder / "asr" / "audio" / one["audio"][0]).exists()
     unasked = list(nano._unasked(tmp_path, tmp_path / "noise", False))
@@ -152,6 +154,7 @@ def test_stages_of_the_small_model():
         "fifth_3_1": "fourth_3_2", "fifth_2_2": "fifth_1_2", "fifth_2_2b": "fifth_2_2",
         "sixth_1_2": "fifth_2_2b", "sixth_2_1b": "fifth_2_2b",
         "sixth_2_1c": "sixth_2_1b", "sixth_2_2": "sixth_1_2", "sixth_2_2b": "sixth_2_2",
+        "sixth_2_2c": "sixth_2_2b",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

@@ -62,6 +62,12 @@ def heard(mixture, batch_size=12, **more):
     )
 
 
+def asked(mixture):
+    """Data of a stage that is nearly always spoken to, about pictures."""
+    data = heard(mixture, max_tiles=6, spoken_share=0.9)
+    return dataclasses.replace(data, held_out=(), max_tokens=320, max_reject_share=0.5)
+
+
 def spoken(mixture, learning_rate, num_steps, max_tokens=40, rows=5, init_from=()):
     """A leg of the codec's stage, without discriminators."""
     return dict(
@@ -460,8 +466,8 @@ STAGES = {
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
         num_steps=170,
     ),
-    # In the sixth, the LLM reads three times as many forms of questions, about pictures that are
-    # embedded as before, and clips are embedded as words are: by CTC in the LLM's own tokens.
+    # In the sixth, the LLM reads three times as many forms of questions, about pictures whose
+    # embeddings are shorter, and clips are embedded as words are: by CTC in the LLM's own tokens.
     "sixth_1_2": dict(
         file="stage1_2_vision_understanding",
         init_from=(f"{RUNS}/fifth_2_2b/model",),
@@ -502,16 +508,9 @@ STAGES = {
             rf"audio/(encoder|adapter)/.*={RUNS}/sixth_2_1c/model",
         ),
         trainable=(*EYES_AND_WORDS, r"audio/(adapter|prompts).*"),
-        data=dataclasses.replace(
-            heard(
-                {"#spoken": 0.42, "#qa": 0.16, "#names": 0.1, "easy_vqa": 0.06}
-                | {"asr": 0.1, "asr_zh": 0.05, "noise": 0.11},
-                max_tiles=6,
-                spoken_share=0.9,
-            ),
-            held_out=(),
-            max_tokens=320,
-            max_reject_share=0.5,
+        data=asked(
+            {"#spoken": 0.42, "#qa": 0.16, "#names": 0.1, "easy_vqa": 0.06}
+            | {"asr": 0.1, "asr_zh": 0.05, "noise": 0.11},
         ),
         optim=OptimConfig(
             learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.5}, **LATER
@@ -522,16 +521,9 @@ STAGES = {
         file="stage2_2_audio_sft",
         init_from=(f"{RUNS}/sixth_2_2/model",),
         trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
-        data=dataclasses.replace(
-            heard(
-                {"#spoken": 0.48, "#talk": 0.18, "#qa": 0.08, "#names": 0.06, "easy_vqa": 0.04}
-                | {"asr": 0.06, "asr_zh": 0.03, "noise": 0.07},
-                max_tiles=6,
-                spoken_share=0.9,
-            ),
-            held_out=(),
-            max_tokens=320,
-            max_reject_share=0.5,
+        data=asked(
+            {"#spoken": 0.48, "#talk": 0.18, "#qa": 0.08, "#names": 0.06, "easy_vqa": 0.04}
+            | {"asr": 0.06, "asr_zh": 0.03, "noise": 0.07},
         ),
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
         num_steps=220,
@@ -540,15 +532,8 @@ STAGES = {
         file="stage2_2_audio_sft",
         init_from=(f"{RUNS}/sixth_2_2b/model",),
         trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
-        data=dataclasses.replace(
-            heard(
-                {"#spoken": 0.36, "#talk": 0.22, "#names": 0.08, "noise": 0.34},
-                max_tiles=6,
-                spoken_share=0.9,
-            ),
-            held_out=(),
-            max_tokens=320,
-            max_reject_share=0.5,
+        data=asked(
+            {"#spoken": 0.36, "#talk": 0.22, "#names": 0.08, "noise": 0.34},
         ),
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
         num_steps=110,
@@ -566,8 +551,8 @@ def get_config(stage):
     first = list(STAGES).index("2_1b")  # of the stages with trained prompts
     prompts = PROMPTS * (list(STAGES).index(stage) >= first)
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
-    # Embeddings of pictures had become six times as long as what the first layer of the LLM adds to
-    # them: it could not tell them where they stand. From the sixth round on they are shorter.
+    # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
+    # them, which leaves it little to say about them. From the sixth round on they are shorter.
     shorter = 1 / 16 if stage.startswith("sixth") else 1
     scale = model.vision.embeddings_scale * shorter
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)

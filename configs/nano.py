@@ -538,6 +538,57 @@ STAGES = {
         optim=OptimConfig(learning_rate=5e-4, muon_rate=1.5e-3, **LATER),
         num_steps=110,
     ),
+    # The seventh matches four names with each picture, one with each quarter of it, and hears more
+    # that is spoken, in voices that are made others.
+    "seventh_1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/sixth_2_2c/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=seen({"#quarters": 0.45, "#views": 0.4, "#labels": 0.15}, "views-held_out", 4, 800, 8),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=3700,
+    ),
+    "seventh_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/sixth_2_2c/model", rf"vision/.*={RUNS}/seventh_1_1/model"),
+        trainable=PROJECTOR_AND_WORDS,
+        data=seen(
+            {"#mosaics": 0.05, "#names": 0.35, "#qa": 0.5, "easy_vqa": 0.1},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=660,
+    ),
+    "seventh_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/sixth_2_1c/model",),
+        objective="align",
+        trainable=(r"audio/(encoder|adapter)/.*",),
+        data=dataclasses.replace(
+            heard({"asr": 0.3, "asr_zh": 0.25, "asked": 0.45}, batch_size=8), seed=46
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
+        num_steps=2900,
+    ),
+    "seventh_2_2": dict(
+        file="stage2_2_audio_sft",
+        init_from=(
+            f"{RUNS}/seventh_1_2/model",
+            rf"audio/(encoder|adapter)/.*={RUNS}/seventh_2_1b/model",
+        ),
+        trainable=(*EYES_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=asked(
+            {"#spoken": 0.4, "#talk": 0.13, "#qa": 0.08, "#names": 0.08, "easy_vqa": 0.06}
+            | {"asked": 0.08, "asr": 0.05, "asr_zh": 0.03, "noise": 0.09},
+        ),
+        optim=OptimConfig(
+            learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.5}, **LATER
+        ),
+        num_steps=700,
+    ),
 }
 
 
@@ -553,7 +604,7 @@ def get_config(stage):
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
     # them, which leaves it little to say about them. From the sixth round on they are shorter.
-    shorter = 1 / 16 if stage.startswith("sixth") else 1
+    shorter = 1 / 16 if stage.startswith(("sixth", "seventh")) else 1
     scale = model.vision.embeddings_scale * shorter
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)
     return dataclasses.replace(

@@ -1,10 +1,11 @@
-"""vita_jax/data/augment.py: speed, noise and gaps; the same generator gives the same sound."""
+"""vita_jax/data/augment.py: speed, noise, speakers, gaps; the same generator, the same sound."""
 
 import numpy as np
 import pytest
 import soundfile
 
 from vita_jax.config import vita_tiny
+from vita_jax.data.audio import fbank
 from vita_jax.data.augment import Augment, mix
 from vita_jax.data.processor import Processor
 from vita_jax.data.tokenizer import byte_tokenizer
@@ -20,13 +21,13 @@ def pitch_hz(waveform):
 
 def test_speed_changes_length_and_pitch():
     lengths = set()
-    for seed in range(20):
+    for seed in range(60):
         out = Augment().waveform(tone(1000), np.random.default_rng(seed))
         assert out.dtype == np.float32
         speed = 16000 / len(out)
         assert abs(pitch_hz(out) - 1000 * speed) < 2
         lengths.add(len(out))
-    assert lengths == {16000, 17778, 14546}
+    assert lengths == {18824, 17778, 16843, 16000, 15239, 14546, 13914}
 
 
 def test_silence_around_speech_is_cut():
@@ -67,6 +68,19 @@ def test_noise_comes_from_a_folder(tmp_path):
             assert noise > 0 and 4.9 < snr_db < 20.1
             noisy += 1
     assert 10 < noisy < 30
+
+
+def test_another_speaker_moves_frequencies_alone():
+    """A tone is found where a tone of another frequency was: by up to 12% higher or lower."""
+    heights = {hz: fbank(tone(hz))[50].argmax() for hz in range(1300, 1800)}
+    lowest, highest = heights[1500 * 100 // 113], heights[1500 * 100 // 87]
+    found = []
+    for seed in range(40):
+        banks = fbank(tone(1500))
+        out = Augment().speaker(banks, np.random.default_rng(seed))
+        assert out.dtype == np.float32 and out.shape == banks.shape
+        found.append(out[50].argmax())
+    assert lowest <= min(found) < heights[1500] - 1 and heights[1500] + 1 < max(found) <= highest
 
 
 def test_gaps_are_the_mean_and_not_too_wide():

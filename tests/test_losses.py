@@ -5,6 +5,7 @@ and the loop's losses on batches of the loader.
 import functools
 import itertools
 import json
+import math
 import pathlib
 
 import jax
@@ -159,6 +160,46 @@ def test_pictures_are_matched_with_the_words_of_their_conversation():
     without = batch.replace(tiles=None, tile_mask=None)
     with pytest.raises(ValueError, match="no pictures, which objective='match' is about"):
         feed.used_parts(config, without)
+
+
+def test_four_replies_are_about_the_quarters_of_their_picture():
+    words = ("objective=match", "data.max_tokens=768")
+    config = load_config(ROOT / "configs" / "stage1_1_vision_alignment.py", words, tiny=True)
+    processor = feed.make_processor(config, feed.load_tokenizer(config))
+    whole, other = synthetic.samples("captions", 2, 0)
+    told = [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}] * 4
+    told = [dict(turn) for turn in told]
+    told[0]["value"] = "<image>\n"
+    for turn, reply in zip(told[1::2], ("cat", "a red dog", "boat", "two keys")):
+        turn["value"] = reply
+    samples = (whole, dict(other, conversations=told))
+    examples = [processor.sample(sample) for sample in samples]
+    batch = collate(examples, 1536, 1)
+    batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)  # in a row
+    batch.segment_ids[:, 1536:] *= 2
+    model, params = Vita(config.model), init_params(config.model, 0)
+    loss = functools.partial(objectives.match_loss, config, model, frozen={}, batch=batch)
+    (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    def expected(params):
+        tiles = model.apply({"params": params}, batch.tiles, method="encode_tiles")[0]
+        tiles /= jnp.linalg.norm(tiles, axis=-1, keepdims=True)
+        edge = math.isqrt(tiles.shape[1])
+        grid = tiles[1].reshape(2, edge // 2, 2, edge // 2, -1)
+        quarters = grid.mean(axis=(1, 3)).reshape(4, -1)  # as they are read
+        table = params["llm"]["embedding"]
+        said = [table[examples[0].tokens[examples[0].loss_mask > 0]].mean(axis=0)]
+        _, second = examples
+        edges = np.flatnonzero(np.diff(second.loss_mask, prepend=0, append=0)).reshape(4, 2)
+        said += [table[second.tokens[a:b]].mean(axis=0) for a, b in edges]
+        pictures = jnp.concatenate([tiles[:1].mean(axis=1), quarters])
+        return match_pairs(pictures, jnp.stack(said), jnp.ones(5, bool))[0].sum()
+
+    value, their_grads = jax.jit(jax.value_and_grad(expected))(params)
+    np.testing.assert_allclose(nats, value, rtol=1e-5)
+    assert sums["targets"] == 5
+    for path in ("vision/projector/up", "vision/encoder/patch/kernel"):
+        assert_close(trees.flatten(grads)[path], trees.flatten(their_grads)[path], 1e-5)
 
 
 def ctc_batch(b=4, t=12, v=7, s=4):

@@ -9,6 +9,7 @@ metrics are made of; sums, so that pieces of a batch, and batches, add up. Read 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -105,28 +106,39 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
 def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     """Which words go with which picture, among all in the batch: the mean direction of what a
     conversation's pictures are embedded as is drawn to the mean embedding of its targets, and from
-    those of others. Only directions count, as the LLM's norms leave no more of a picture. The LLM
-    itself is not run: of it, only the input table is needed.
+    those of others. Four replies are about the quarters of the picture, as they are read, each by
+    itself. Only directions count, as the LLM's norms leave no more of a picture. The LLM itself is
+    not run: of it, only the input table is needed.
 
-    Targets are conversations with pictures. Returns as `make_loss` says. Source: arXiv 2103.00020
-    (CLIP), with the table in the place of a text tower.
+    Targets are conversations with pictures, or quarters. Returns as `make_loss` says. Source: arXiv
+    2103.00020 (CLIP), with the table in the place of a text tower.
     """
     variables = lora.variables(config, params, frozen)
     embeddings = model.apply(variables, batch, method="embed").astype(jnp.float32)
-    ids, is_image = batch.segment_ids, batch.tokens == IMAGE_TOKEN
-    tiles = (jnp.cumsum(is_image, axis=1) - 1) // config.model.vision.embeddings_per_tile
-    shown = is_image[:, None] & (tiles[:, None] == jnp.arange(batch.tiles.shape[1])[:, None])
-    of_tiles = jnp.where(shown, ids[:, None], 0).max(axis=-1)  # [B, I] each tile's conversation
+    ids, is_image, is_target = batch.segment_ids, batch.tokens == IMAGE_TOKEN, batch.loss_mask > 0
+    size = config.model.vision.embeddings_per_tile
+    tile, place = jnp.divmod(jnp.cumsum(is_image, axis=1) - 1, size)
+    shown = is_image[:, None] & (tile[:, None] == jnp.arange(batch.tiles.shape[1])[:, None])
+    of_tiles = jnp.where(shown, ids[:, None], 0).max(axis=-1)[..., None]  # [B, I, 1] conversation
+    members = ids[:, None] == of_tiles
 
-    def mean(values, chosen):
-        members = (ids[:, None] == of_tiles[..., None]) & chosen[:, None]
-        number = members.sum(axis=-1, keepdims=True)
-        total = jnp.einsum("BIT,BTD->BID", members.astype(jnp.float32), values)
+    edge = math.isqrt(size)
+    quarter = place // edge * 2 // edge * 2 + place % edge * 2 // edge
+    starts = is_target & ~jnp.roll(is_target, 1, axis=1)
+    before = (starts[:, None] & (ids[:, None] < of_tiles)).sum(axis=-1, keepdims=True)
+    reply = jnp.cumsum(starts, axis=1)[:, None] - before - 1  # [B, I, T] of the conversation
+    parts = jnp.arange(4)[:, None]
+    is_split = (members & starts[:, None]).sum(axis=-1)[..., None, None] == 4
+
+    def mean(values, of_part, chosen):
+        chosen = (members & chosen[:, None])[:, :, None] & jnp.where(is_split, of_part, parts == 0)
+        number = chosen.sum(axis=-1, keepdims=True)
+        total = jnp.einsum("BIPT,BTD->BIPD", chosen.astype(jnp.float32), values)
         return (total / jnp.maximum(number, 1)).reshape(-1, total.shape[-1]), number[..., 0] > 0
 
     lengths = jnp.sqrt((embeddings * embeddings).sum(axis=-1, keepdims=True) + 1e-9)
-    pictures, _ = mean(embeddings / lengths, is_image)
-    words, told = mean(embeddings, batch.loss_mask > 0)
+    pictures, _ = mean(embeddings / lengths, quarter[:, None, None] == parts, is_image)
+    words, told = mean(embeddings, reply[:, :, None] == parts, is_target)
     first = jnp.diff(of_tiles, axis=1, prepend=0) > 0  # of its conversation's tiles
     real = (first & told).ravel()
     nats, right = match_pairs(pictures, words, real)

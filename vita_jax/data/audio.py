@@ -162,17 +162,28 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate_hz: int) -> No
         file.writeframes(pcm.astype("<i2").tobytes())
 
 
+def mel(hz):
+    """Kaldi's mel scale, of float[...] Hz."""
+    return 1127 * np.log1p(np.asarray(hz) / 700)
+
+
+def mel_hz(mels):
+    """The frequencies in Hz of float[...] on the mel scale."""
+    return 700 * np.expm1(np.asarray(mels) / 1127)
+
+
+def mel_edges(num_mel_bins: int) -> np.ndarray:
+    """float64[M + 2] on the mel scale: where bands begin; M centres are in the middle."""
+    return np.linspace(mel(LOW_HZ), mel(SAMPLE_RATE_HZ / 2), num_mel_bins + 2)
+
+
 @functools.cache
 def _mel_bands(num_mel_bins):
     """float64[FFT / 2 + 1, M]: weights of frequencies in bands: triangles on the mel scale."""
 
-    def mel(hz):
-        return 1127 * np.log1p(np.asarray(hz) / 700)
-
-    nyquist = SAMPLE_RATE_HZ / 2
-    edges = np.linspace(mel(LOW_HZ), mel(nyquist), num_mel_bins + 2)
+    edges = mel_edges(num_mel_bins)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    at = mel(np.linspace(0, nyquist, FFT_SAMPLES // 2 + 1))[:, None]
+    at = mel(np.linspace(0, SAMPLE_RATE_HZ / 2, FFT_SAMPLES // 2 + 1))[:, None]
     bands = np.minimum((at - left) / (centre - left), (right - at) / (right - centre)).clip(0)
     bands[-1] = 0  # Kaldi leaves the Nyquist bin out
     return bands

@@ -1,7 +1,8 @@
 """Speech made harder to recognise, so that the encoder learns what matters.
 
-Goes in: a waveform, later its filter bank. Comes out: the same, faster or slower, noisier, with
-gaps. Everything is drawn from the generator given. Read next: `processor.py`, which calls this.
+Goes in: a waveform, later its filter bank. Comes out: the same, faster or slower, noisier, of
+another speaker, with gaps. Everything is drawn from the generator given. Read next: `processor.py`,
+which calls this.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, resample, trim
+from vita_jax.data.audio import (
+    SAMPLE_RATE_HZ,
+    mel,
+    mel_edges,
+    mel_hz,
+    read_audio,
+    resample,
+    trim,
+)
 
-SPEEDS = (0.9, 1.0, 1.1)  # Source: Ko et al. 2015, Audio Augmentation for Speech Recognition
+# Source: Ko et al. 2015, Audio Augmentation for Speech Recognition; more steps than there
+SPEEDS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+WARP = 0.12  # frequencies are higher or lower by up to this share; ours
 SNR_DB = (5.0, 20.0)  # speech over noise, drawn evenly; ours
 TRIMMED_SHARE = 0.7  # of clips whose silence is cut; ours
 LONGEST_SILENCE_S = 0.6  # that is then left at either end; ours
@@ -26,7 +37,7 @@ BAND_GAPS, MAX_BAND_GAP = 2, 10  # mel bins
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """Speed perturbation, noise and SpecAugment for clips.
+    """Speed perturbation, noise, other speakers and SpecAugment for clips.
 
     Attributes:
       noises: files of noise; none mixes no noise in.
@@ -59,6 +70,19 @@ class Augment:
         noise = read_audio(self.noises[rng.integers(len(self.noises))])
         noise = np.roll(noise, -rng.integers(len(noise)))
         return mix(waveform, np.resize(noise, len(waveform)), rng.uniform(*SNR_DB))
+
+    def speaker(self, banks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """float32[A, M] with all frequencies higher or lower, as of someone smaller or larger.
+
+        Source: Jaitly and Hinton 2013, Vocal Tract Length Perturbation.
+        """
+        num_bins = banks.shape[1]
+        centres = mel_edges(num_bins)[1:-1]
+        moved = mel(mel_hz(centres) * rng.uniform(1 - WARP, 1 + WARP))
+        at = np.interp(moved, centres, np.arange(num_bins))
+        below = np.minimum(at.astype(int), num_bins - 2)
+        share = (at - below).astype(np.float32)
+        return banks[:, below] * (1 - share) + banks[:, below + 1] * share
 
     def gaps(self, banks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """float32[A, M] with stretches of time and bands of frequency set to each bin's mean. A gap

@@ -33,6 +33,7 @@ KINDS_OF = {  # task -> subgroups of which it is true
 }  # fmt: skip
 TURNS = {  # least, most
     "captions": (1, 1), "views": (1, 1), "mosaics": (1, 1), "labels": (1, 1), "names": (2, 2),
+    "quarters": (4, 4),
 }  # fmt: skip
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
 
@@ -41,9 +42,10 @@ class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
     "captions" are plain pictures with what they show and no question, "views" harder ones,
-    "mosaics" four things in one, "labels" the number, side or colour of a thing, or a shape, in few
-    words. "names" asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS`
-    lists, about one thing or several, shapes, clips in which something moves, and nothing at all;
+    "mosaics" four things in one, "quarters" the same with a reply for each, "labels" the number,
+    side or colour of a thing, or a shape, in few words. "names" asks what a picture shows, in both
+    languages; "qa" asks all that `talk.FORMS` lists, about one thing or several, shapes, clips in
+    which something moves, and nothing at all;
     "spoken" are of both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN`
     begin with a question that recordings ask, if `TRIES` draws find one. Held-out samples have the
     forms that are not trained on, recordings of other voices, and drawings of the main styles as
@@ -96,7 +98,8 @@ class DrawnSource:
         turns, recordings = [], []
         for number in range(draw.rng.integers(*TURNS.get(self.kind, (2, 4)), endpoint=True)):
             lang = str(langs[number % 2])
-            question, reply = draw.choose(asks)(lang)
+            ask = asks[number] if self.kind == "quarters" else draw.choose(asks)
+            question, reply = ask(lang)
             for _ in range(TRIES if self.kind in SPOKEN and not number else 0):
                 if question in self.recordings:
                     break
@@ -183,15 +186,26 @@ def _mosaics(draw):
     """Four things in one picture, named one after the other: four names for one pass through the
     vision encoder.
     """
-    concepts = [draw.choose(draw.source.concepts) for _ in range(4)]
-    drawings = [draw.drawing(concept.code) for concept in concepts]
-    picture = scenes.mosaic(draw.rng, drawings, PX, restyled=draw.restyled)
+    concepts, media = _four(draw)
 
     def names(lang):
         told = (talk.name(concept.en, concept.zh, lang) for concept in concepts)
         return "", (" " if lang == "en" else "").join(told)
 
-    return {"image": picture}, [names]
+    return media, [names]
+
+
+def _quarters(draw):
+    """Four things in one picture, the name of each unasked, as they are read."""
+    concepts, media = _four(draw)
+    return media, [_caption(concept) for concept in concepts]
+
+
+def _four(draw):
+    """Four concepts and the picture of them."""
+    concepts = [draw.choose(draw.source.concepts) for _ in range(4)]
+    drawings = [draw.drawing(concept.code) for concept in concepts]
+    return concepts, {"image": scenes.mosaic(draw.rng, drawings, PX, restyled=draw.restyled)}
 
 
 def _caption(concept):
@@ -375,10 +389,13 @@ def _talk(draw):
     def chat(lang):
         return draw.choose(talk.small_talk(lang, draw.held_out))
 
-    noun = draw.nouns(1)[0]
-    asks = [chat] * 6 + [draw.fixed("name", "no_picture"), draw.fixed("can_see", "no_picture")]
-    asks.append(draw.fixed(draw.choose(["where", "colour_noun", "there"]), "no_picture", noun=noun))
-    return {}, asks
+    slots = {
+        "noun": draw.nouns(1)[0],
+        "colour": draw.choose(talk.COLOURS),
+        "side": draw.choose(talk.SIDES),
+    }
+    tasks = [str(task) for task in draw.rng.permutation(list(talk.FORMS))[:6]]
+    return {}, [chat] * 6 + [draw.fixed(task, "no_picture", **slots) for task in tasks]
 
 
 SHARES = {
@@ -408,5 +425,5 @@ KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
     "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
-    "spoken": _spoken,
+    "spoken": _spoken, "quarters": _quarters,
 }  # fmt: skip

@@ -4,7 +4,8 @@ Goes in: packages with drawings, names, sentences and voices. Comes out, in one 
 
     concepts.json, drawings/   what can be drawn, and drawings in the styles to train on
     speech/                    clips at 24 kHz, synthesised; other_speech/ clips of other makes
-    text/ asr/ noise/ held_out/    samples for the stages that do not draw theirs (`drawn.py`)
+    text/ asr/ asr_zh/ asked/ noise/ held_out/    samples for the stages that do not draw theirs
+                               (`drawn.py`)
     eval/                      one folder of samples for each thing that is judged
     manifest.json              how many of each, and where all of it is from
 
@@ -83,6 +84,8 @@ def build(
         write(place / "text", texts(known, number, 0, held_out))
         write(place / "asr", _to_transcribe(target, place / "asr", held_out, talk.LANGS))
         write(place / "asr_zh", _to_transcribe(target, place / "asr_zh", held_out, ("zh",)))
+        asked = _to_transcribe(target, place / "asked", held_out, talk.LANGS, ("question", "vqa"))
+        write(place / "asked", asked)
         write(place / "noise", _unasked(target, place / "noise", held_out))
     write(target / "easy_vqa", easy_vqa("train"))
     sets = judged.write_sets(target, packages, seen, progress)
@@ -271,14 +274,16 @@ def clips(target: Path) -> list[dict]:
     ]
 
 
-def _to_transcribe(target, folder, held_out, langs):
-    """Speech in these languages to write down; its files are found by way of the folder's own
-    `audio`.
+def _to_transcribe(target, folder, held_out, langs, kinds=()):
+    """Speech in these languages, of these kinds or any, to write down; its files are found by way
+    of the folder's own `audio`.
     """
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     up = "../" * held_out
     for row in clips(target):
-        if row["split"] == ("held_out" if held_out else "train") and row["lang"] in langs:
+        if row["split"] != ("held_out" if held_out else "train") or row["lang"] not in langs:
+            continue
+        if not kinds or row["kind"] in kinds:
             yield transcription(row | {"file": up + row["file"]})
 
 

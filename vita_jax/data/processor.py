@@ -331,7 +331,7 @@ class Processor:
         if c.adapter_frames(frames) < 1:
             raise ValueError(f"{name}: {seconds}, too short to hear; give at least 0.1 s")
         banks = fbank(waveform, c.num_mel_bins, dither=0.0 if rng is None else c.dither, rng=rng)
-        return banks if augment is None else augment.gaps(banks, rng)
+        return banks if augment is None else augment.gaps(augment.speaker(banks, rng), rng)
 
 
 def place(turn, where):

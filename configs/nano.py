@@ -560,7 +560,7 @@ STAGES = {
             max_tiles=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=660,
+        num_steps=600,
     ),
     "seventh_2_1b": dict(
         file="stage2_1b_speech_adapter",
@@ -571,7 +571,7 @@ STAGES = {
             heard({"asr": 0.3, "asr_zh": 0.25, "asked": 0.45}, batch_size=8), seed=46
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
-        num_steps=2900,
+        num_steps=2650,
     ),
     "seventh_2_2": dict(
         file="stage2_2_audio_sft",

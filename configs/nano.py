@@ -587,7 +587,7 @@ STAGES = {
         optim=OptimConfig(
             learning_rate=7e-4, muon_rate=2e-3, rates={r"vision/encoder/.*": 0.5}, **LATER
         ),
-        num_steps=700,
+        num_steps=660,
     ),
 }
 

@@ -57,6 +57,11 @@ done
 for stage in sixth_1_2 sixth_2_1b sixth_2_1c sixth_2_2 sixth_2_2b sixth_2_2c; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/sixth_2_2c/model build/nano/model
+
+# The seventh sees four things in a picture, each matched with its name, and hears more voices.
+for stage in seventh_1_1 seventh_1_2 seventh_2_1b seventh_2_2; do
+    train $stage $runs/$stage
+done
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/seventh_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/sixth_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/seventh_1_2/model --out build/nano/eval

@@ -89,6 +89,8 @@ def test_clips_and_what_is_made_of_them(tmp_path):
         assert [one["conversations"][1]["value"] for one in samples] == texts
         zh = list(nano._to_transcribe(tmp_path, folder / "asr_zh", held_out, ("zh",)))
         assert [one["conversations"][1]["value"] for one in zh] == texts * held_out
+        asked = nano._to_transcribe(tmp_path, folder / "asked", held_out, talk.LANGS, ("question",))
+        assert [one["conversations"][1]["value"] for one in asked] == texts[:1]
         for one in samples:
             assert (folder / "asr" / "audio" / one["audio"][0]).exists()
     unasked = list(nano._unasked(tmp_path, tmp_path / "noise", False))

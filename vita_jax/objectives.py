@@ -106,9 +106,9 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
 def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     """Which words go with which picture, among all in the batch: the mean direction of what a
     conversation's pictures are embedded as is drawn to the mean embedding of its targets, and from
-    those of others. Four replies are about the quarters of the picture, as they are read, each by
-    itself. Only directions count, as the LLM's norms leave no more of a picture. The LLM itself is
-    not run: of it, only the input table is needed.
+    those of others. Where a conversation has four replies, each is about a quarter of the picture,
+    as they are read. Only directions count, as the LLM's norms leave no more of a picture. The LLM
+    itself is not run: of it, only the input table is needed.
 
     Targets are conversations with pictures, or quarters. Returns as `make_loss` says. Source: arXiv
     2103.00020 (CLIP), with the table in the place of a text tower.

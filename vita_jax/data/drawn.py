@@ -45,11 +45,10 @@ class DrawnSource:
     "mosaics" four things in one, "quarters" the same with a reply for each, "labels" the number,
     side or colour of a thing, or a shape, in few words. "names" asks what a picture shows, in both
     languages; "qa" asks all that `talk.FORMS` lists, about one thing or several, shapes, clips in
-    which something moves, and nothing at all;
-    "spoken" are of both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN`
-    begin with a question that recordings ask, if `TRIES` draws find one. Held-out samples have the
-    forms that are not trained on, recordings of other voices, and drawings of the main styles as
-    they are.
+    which something moves, and nothing at all; "spoken" are of both kinds; the others (`KINDS` has
+    them) are parts of "qa". Those of `SPOKEN` begin with a question that recordings ask, if `TRIES`
+    draws find one. Held-out samples have the forms that are not trained on, recordings of other
+    voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:

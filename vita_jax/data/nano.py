@@ -281,9 +281,8 @@ def _to_transcribe(target, folder, held_out, langs, kinds=()):
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     up = "../" * held_out
     for row in clips(target):
-        if row["split"] != ("held_out" if held_out else "train") or row["lang"] not in langs:
-            continue
-        if not kinds or row["kind"] in kinds:
+        chosen = row["lang"] in langs and (not kinds or row["kind"] in kinds)
+        if chosen and row["split"] == ("held_out" if held_out else "train"):
             yield transcription(row | {"file": up + row["file"]})
 
 

@@ -104,8 +104,9 @@ def test_names_are_asked_in_both_languages(folder):
         assert sorted(replies) in [sorted(names) for names in both]
 
 
-def test_a_mosaic_names_four_things_in_the_order_they_are_read(folder, monkeypatch):
-    source, shown = DrawnSource(f"{folder}#mosaics"), []
+@pytest.mark.parametrize("kind", ["mosaics", "quarters"])
+def test_four_things_are_named_in_the_order_they_are_read(kind, folder, monkeypatch):
+    source, shown = DrawnSource(f"{folder}#{kind}"), []
     mosaic = scenes.mosaic
     monkeypatch.setattr(scenes, "mosaic", lambda *args, **k: shown.append(args[1]) or mosaic(*args))
     code_of = {}
@@ -113,13 +114,28 @@ def test_a_mosaic_names_four_things_in_the_order_they_are_read(folder, monkeypat
         for lang in talk.LANGS:
             code_of[talk.name(concept.en, concept.zh, lang)] = concept.code
     for index in range(10):
-        question, answer = (turn["value"] for turn in source.sample(index)["conversations"])
-        named = re.findall(r"[^.。]+[.。]", answer)
-        codes = [code_of[name.strip()] for name in named]
-        assert question == "<image>\n" and len(codes) == 4
+        values = [turn["value"] for turn in source.sample(index)["conversations"]]
+        named = [re.findall(r"[^.。]+[.。]", answer) for answer in values[1::2]]
+        codes = [code_of[name.strip()] for names in named for name in names]
+        if kind == "quarters":  # each in both languages
+            assert values[2::2] == [""] * 3 and codes[::2] == codes[1::2]
+            codes = codes[::2]
+        assert values[0] == "<image>\n" and len(codes) == 4
         for code, drawing in zip(codes, shown[-1]):
             known = [source.drawing(code, style) for style in source.styles[code]]
             assert any(np.array_equal(drawing, one) for one in known)
+
+
+def test_questions_of_any_kind_are_asked_without_a_picture(folder):
+    source, asked = DrawnSource(f"{folder}#talk"), set()
+    none = {talk.said("no_picture", lang) for lang in talk.LANGS}
+    for index in range(300):
+        sample = source.sample(index)
+        assert "image" not in sample and "video" not in sample
+        values = [turn["value"] for turn in sample["conversations"]]
+        asked |= {question for question, reply in zip(values[::2], values[1::2]) if reply in none}
+    for task in ("count", "move", "shape", "see"):
+        assert asked & {form for lang in talk.LANGS for form in talk.forms(task, lang, False)}
 
 
 def test_labels_say_in_few_words_what_is_drawn(folder, monkeypatch):

@@ -63,15 +63,33 @@ def test_pieces_add_up_to_the_plain_loss(chunk):
         return (nats * weights).sum()
 
     def ours(hidden, head):
-        return (next_token_loss(hidden, lambda x: x @ head, targets, chunk)[0] * weights).sum()
+        nats, _ = next_token_loss(hidden, lambda x: x @ head, targets, weights, chunk)
+        return (nats * weights).sum()
 
     expected, grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
     found, our_grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for a, b in zip(our_grads, grads):
         np.testing.assert_allclose(a, b, atol=1e-5)
-    right = next_token_loss(hidden, lambda x: x @ head, targets, chunk)[1]
-    np.testing.assert_array_equal(right, (hidden @ head).argmax(axis=-1) == targets)
+    nats, right = next_token_loss(hidden, lambda x: x @ head, targets, weights, chunk)
+    best = (hidden @ head).argmax(axis=-1)
+    np.testing.assert_array_equal(right, (best == targets) & (weights > 0))
+    assert not nats[weights == 0].any()
+
+
+def test_chunks_without_a_target_have_no_logits():
+    hidden, head, targets, weights = arrays()
+    weights[:, 5:] = 0
+    made = []
+
+    def logits_of(x):
+        jax.debug.callback(lambda: made.append(x.shape))
+        return x @ head
+
+    jax.block_until_ready(next_token_loss(hidden, logits_of, targets, weights, 2))
+    jax.effects_barrier()
+    needed = -(-int((weights > 0).sum(axis=1).max()) // 2)
+    assert len(made) == needed < hidden.shape[1] // 2
 
 
 def test_whole_logits_are_never_in_memory():
@@ -81,7 +99,8 @@ def test_whole_logits_are_never_in_memory():
 
     def memory(chunk):
         def loss(hidden, head, targets):
-            return next_token_loss(hidden, lambda x: x @ head, targets, chunk)[0].sum()
+            ones = jnp.ones(targets.shape)
+            return next_token_loss(hidden, lambda x: x @ head, targets, ones, chunk)[0].sum()
 
         wide_head = jax.ShapeDtypeStruct((D, wide), jnp.float32)
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(shape, wide_head, row).compile()
@@ -322,7 +341,7 @@ def test_next_token_loss_equals_torch():
     peer.backward()
 
     def ours(hidden):
-        nats, _ = next_token_loss(hidden, lambda x: x @ head, targets, 5)
+        nats, _ = next_token_loss(hidden, lambda x: x @ head, targets, weights, 5)
         return (nats * weights).sum() / weights.sum()
 
     loss, grad = jax.value_and_grad(ours)(hidden)

@@ -77,7 +77,7 @@ def test_teacher_forcing(recording):
     is_target = np.asarray((args[2] >= 0) & (args[2] != config.bos_id) & (args[2] != config.sos_id))
     targets, weights = next_token_targets(args[2], args[4], is_target.astype(np.float32))
     head = functools.partial(run, Speech(config), params, method="logits")
-    nats, _ = next_token_loss(last, head, targets, chunk=7)
+    nats, _ = next_token_loss(last, head, targets, weights, chunk=7)
     assert_close((nats * weights).sum(), tensors["out.loss_sum"][0])
     assert weights.sum() == (1 + y_lens).sum()
 

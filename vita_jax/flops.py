@@ -73,7 +73,9 @@ def model_flops(
         return _passes([*audio, ("llm/embedding", table, 0)], trained)
     # Backwards through the LLM whenever anything trains; through an encoder only for its own sake.
     total = _passes(vision, trained) + _passes(audio, trained)
-    total += _llm(config, tokens, pairs) * (2 + any(path.startswith("llm/") for path in trained))
+    targets = int((batch.loss_mask * (batch.segment_ids > 0) > 0).sum())  # others have no logits
+    learns = any(path.startswith("llm/") for path in trained)
+    total += _llm(config, tokens, pairs, targets) * (2 + learns)
     return float(total)
 
 
@@ -132,7 +134,7 @@ def decode_cost(
     seen = num_rows * sum(range(length + 1, length + num_tokens + 1))
     weights = _nbytes(params["llm"], but=("embedding", "state"))
     return Cost(
-        _llm(config, num_rows * num_tokens, seen),
+        _llm(config, num_rows * num_tokens, seen, num_rows * num_tokens),
         num_tokens * weights + seen * _slot_bytes(config.llm),
     )
 
@@ -142,7 +144,7 @@ def prefill_cost(config: VitaConfig, params, num_tokens: int, span: int) -> Cost
     c, pairs = config.llm, num_tokens * (num_tokens + 1) / 2
     weights = _nbytes(params["llm"], but=("embedding", "state", "head"))
     return Cost(
-        _llm(config, num_tokens, pairs) - 2 * num_tokens * c.embed_dim * c.vocab_size,
+        _llm(config, num_tokens, pairs, 0),
         -(-num_tokens // span) * weights + num_tokens * _slot_bytes(c),
     )
 
@@ -232,12 +234,13 @@ def _speech(config, batch):
     return [("speech/nar", nar, later), ("speech/ar", ar, 1), ("speech/head", head, 0)]
 
 
-def _llm(config, tokens, pairs):
-    """Forward FLOPs of blocks and head."""
+def _llm(config, tokens, pairs, num_logits):
+    """Forward FLOPs of blocks, and of the head for some of the tokens."""
     c = config.llm
     heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    a_token = c.num_layers * (heads + 3 * c.embed_dim * c.mlp_dim) + c.embed_dim * c.vocab_size
-    return 2 * tokens * a_token + 4 * pairs * c.num_layers * c.num_heads * c.head_dim
+    blocks = 2 * tokens * c.num_layers * (heads + 3 * c.embed_dim * c.mlp_dim)
+    head = 2 * num_logits * c.embed_dim * c.vocab_size
+    return blocks + head + 4 * pairs * c.num_layers * c.num_heads * c.head_dim
 
 
 def _codec(c, length):

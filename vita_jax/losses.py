@@ -37,41 +37,61 @@ def next_token_targets(tokens, segment_ids, loss_mask):
     return jnp.pad(tokens[:, 1:], end), jnp.pad(weights, end)
 
 
-def next_token_loss(hidden, logits_of, targets, chunk: int):
-    """Cross-entropy of the next token; the logits of `chunk` tokens of each row exist at a time.
+def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
+    """Cross-entropy of the next token where there is a target; the logits of `chunk` tokens of each
+    row exist at a time.
 
-    Both ways: the backward pass computes them again, unless a row is one chunk.
+    Targets come first in their rows, and the chunks behind the last of them are passed over: of a
+    question with its picture, most tokens are none. The backward pass computes logits again, unless
+    a row is one chunk.
 
     Args:
       hidden: dtype[B, T, D].
       logits_of: float32[B, t, V] from dtype[B, t, D].
       targets: int32[B, T].
+      weights: float32[B, T], 0 where there is no target.
       chunk: tokens of a row at a time.
 
     Returns:
-      float32[B, T] -log p (nats) and bool[B, T] whether the target was the likeliest token.
+      float32[B, T] -log p (nats) and bool[B, T] whether the target was the likeliest token; 0 and
+      False where there is no target.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def pieces(x):
-        """[B, T, ...] as [chunks, B, chunk, ...], padded with zeros."""
+        """[B, T, ...] as [chunks, B, chunk, ...], targets first, padded with zeros."""
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def piece(_, piece):
-        hidden, targets = piece
+    def of_piece(hidden, targets):
         logits = logits_of(hidden)
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
         # A sum over the vocabulary stays where the vocabulary is sharded; a look-up would not.
         target = jnp.where(is_target, logits, 0).sum(axis=-1)
         right = jax.lax.stop_gradient(target >= logits.max(axis=-1))
-        return None, (jax.nn.logsumexp(logits, axis=-1) - target, right)
+        return jax.nn.logsumexp(logits, axis=-1) - target, right
+
+    def nothing(hidden, targets):
+        return jnp.zeros(targets.shape), jnp.zeros(targets.shape, bool)
+
+    def piece(_, piece):
+        hidden, targets, wanted = piece
+        return None, jax.lax.cond(wanted.any(), of_piece, nothing, hidden, targets)
 
     if chunk < length:
         piece = jax.checkpoint(piece)
-    found = jax.lax.scan(piece, None, (pieces(hidden), pieces(targets)))[1]
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], found)
+    found = jax.lax.scan(piece, None, tuple(map(pieces, (hidden, targets, weights > 0))))[1]
+    back = jnp.argsort(order, axis=1)
+
+    def whole(x):
+        x = x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
+        return jnp.where(weights > 0, jnp.take_along_axis(x, back, axis=1), 0)
+
+    nats, right = map(whole, found)
+    return nats, right
 
 
 def match_pairs(pictures, words, real):

@@ -163,7 +163,7 @@ def speak_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
 def _next_tokens(config, hidden, logits_of, batch):
     """The loss of the next token, summed over targets, and its counts."""
     targets, weights = next_token_targets(batch.tokens, batch.segment_ids, batch.loss_mask)
-    nats, right = next_token_loss(hidden, logits_of, targets, config.loss_chunk)
+    nats, right = next_token_loss(hidden, logits_of, targets, weights, config.loss_chunk)
     wrong = weights * ~right
     replies, flawed = (of_conversations(x > 0, batch.segment_ids) for x in (weights, wrong))
     return (nats * weights).sum(), {

@@ -589,6 +589,31 @@ STAGES = {
         ),
         num_steps=660,
     ),
+    # The eighth has each quarter say where it is, too: what is where had been told by the order of
+    # embeddings alone.
+    "eighth_1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/seventh_2_2/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=seen({"#quarters": 0.4, "#labels": 0.35, "#views": 0.25}, "views-held_out", 4, 800, 8),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=2200,
+    ),
+    "eighth_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/seventh_2_2/model", rf"vision/.*={RUNS}/eighth_1_1/model"),
+        trainable=PROJECTOR_AND_WORDS,
+        data=seen(
+            {"#names": 0.25, "#qa": 0.2, "#place": 0.2, "#move": 0.15, "#count": 0.1}
+            | {"easy_vqa": 0.1},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1300,
+    ),
 }
 
 
@@ -604,7 +629,7 @@ def get_config(stage):
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
     # them, which leaves it little to say about them. From the sixth round on they are shorter.
-    shorter = 1 / 16 if stage.startswith(("sixth", "seventh")) else 1
+    shorter = 1 / 16 if stage.startswith(("sixth", "seventh", "eighth")) else 1
     scale = model.vision.embeddings_scale * shorter
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)
     return dataclasses.replace(
@@ -614,6 +639,6 @@ def get_config(stage):
         remat="none",
         save_every=200,
         validate_every=400,
-        loss_chunk=512,
+        loss_chunk=48,
         **changes,
     )

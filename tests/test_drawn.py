@@ -104,6 +104,9 @@ def test_names_are_asked_in_both_languages(folder):
         assert sorted(replies) in [sorted(names) for names in both]
 
 
+PLACES = [["top", "left"], ["top", "right"], ["bottom", "left"], ["bottom", "right"]]
+
+
 @pytest.mark.parametrize("kind", ["mosaics", "quarters"])
 def test_four_things_are_named_in_the_order_they_are_read(kind, folder, monkeypatch):
     source, shown = DrawnSource(f"{folder}#{kind}"), []
@@ -116,9 +119,12 @@ def test_four_things_are_named_in_the_order_they_are_read(kind, folder, monkeypa
     for index in range(10):
         values = [turn["value"] for turn in source.sample(index)["conversations"]]
         named = [re.findall(r"[^.。]+[.。]", answer) for answer in values[1::2]]
+        places = [re.split(r"[.。]", answer)[-1].split() for answer in values[1::2]]
         codes = [code_of[name.strip()] for names in named for name in names]
         if kind == "quarters":  # each in both languages
             assert values[2::2] == [""] * 3 and codes[::2] == codes[1::2]
+            sides = [[talk.SIDES[side][1] for side in sides] for sides in PLACES]
+            assert all(told in both for told, both in zip(places, zip(PLACES, sides)))
             codes = codes[::2]
         assert values[0] == "<image>\n" and len(codes) == 4
         for code, drawing in zip(codes, shown[-1]):

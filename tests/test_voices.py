@@ -1,6 +1,7 @@
 """Speech for the small model: what is to be said by whom, and that it is said once."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -62,6 +63,30 @@ def test_speaks_what_is_not_there_yet(tmp_path, monkeypatch):
         waveform, rate = soundfile.read(tmp_path / row["file"])
         assert rate == 24000 and row["seconds"] == 0.1 and np.allclose(waveform, 0.25, atol=1e-4)
     assert list(voices.speak(jobs, tmp_path, "packages")) == []
+
+
+def test_a_voice_between_two_is_the_mean_of_their_styles():
+    assert len(set(voices.VOICES["zh"])) == 21  # six, and each two of these
+    for voice in voices.VOICES["zh"]:
+        assert not set(voice.split("+")) & set(voices.HELD_OUT["zh"])
+    fed = []
+
+    class Net:
+        def get_inputs(self):
+            return [types.SimpleNamespace(name="ids")]
+
+        def run(self, _, feed):
+            fed.append(feed)
+            return [np.zeros((1, 4), np.float32)]
+
+    kokoro = object.__new__(voices.Kokoro)
+    kokoro._net, kokoro._phonemes, kokoro._vocabulary = Net(), {"zh": str}, {"a": 7}
+    low, high = (np.full((510, 1, 256), value, np.float32) for value in (1, 4))
+    kokoro._voices = {"zf_low": low.tobytes(), "zm_high": high.tobytes()}
+    for voice, style in (("zf_low", 1), ("zf_low+zm_high", 2.5)):
+        _, rate = kokoro("aa", "zh", voice)
+        assert rate == voices.RATE_HZ and fed[-1]["ids"].tolist() == [[0, 7, 7, 0]]
+        assert fed[-1]["style"].dtype == np.float32 and (fed[-1]["style"] == style).all()
 
 
 def test_programs_that_are_not_there():

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -42,13 +43,13 @@ class DrawnSource:
     """Samples of one kind: `FOLDER#KIND`, or `FOLDER#KIND-held_out` for some to validate with.
 
     "captions" are plain pictures with what they show and no question, "views" harder ones,
-    "mosaics" four things in one, "quarters" the same with a reply for each, "labels" the number,
-    side or colour of a thing, or a shape, in few words. "names" asks what a picture shows, in both
-    languages; "qa" asks all that `talk.FORMS` lists, about one thing or several, shapes, clips in
-    which something moves, and nothing at all; "spoken" are of both kinds; the others (`KINDS` has
-    them) are parts of "qa". Those of `SPOKEN` begin with a question that recordings ask, if `TRIES`
-    draws find one. Held-out samples have the forms that are not trained on, recordings of other
-    voices, and drawings of the main styles as they are.
+    "mosaics" four things in one, "quarters" the same with a reply for each and its place, "labels"
+    the number, side or colour of a thing, or a shape, in few words. "names" asks what a picture
+    shows, in both languages; "qa" asks all that `talk.FORMS` lists, about one thing or several,
+    shapes, clips in which something moves, and nothing at all; "spoken" are of both kinds; the
+    others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a question that
+    recordings ask, if `TRIES` draws find one. Held-out samples have the forms that are not trained
+    on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -195,9 +196,12 @@ def _mosaics(draw):
 
 
 def _quarters(draw):
-    """Four things in one picture, the name of each unasked, as they are read."""
+    """Four things in one picture, the name and the place of each unasked, as they are read: what
+    each quarter is embedded as then says where it is, too, and not only to who knows the order.
+    """
     concepts, media = _four(draw)
-    return media, [_caption(concept) for concept in concepts]
+    places = itertools.product(("top", "bottom"), ("left", "right"))
+    return media, [_caption(concept, sides) for concept, sides in zip(concepts, places)]
 
 
 def _four(draw):
@@ -207,12 +211,14 @@ def _four(draw):
     return concepts, {"image": scenes.mosaic(draw.rng, drawings, PX, restyled=draw.restyled)}
 
 
-def _caption(concept):
-    """The name in both languages, a language first."""
+def _caption(concept, sides=()):
+    """The name in both languages, a language first, in which sides are told."""
 
     def caption(lang):
         langs = sorted(talk.LANGS, key=lambda other: other != lang)
-        return "", " ".join(talk.name(concept.en, concept.zh, each) for each in langs)
+        names = [talk.name(concept.en, concept.zh, each) for each in langs]
+        told = sides if lang == "en" else [talk.SIDES[side][1] for side in sides]
+        return "", " ".join((*names, *told))
 
     return caption
 

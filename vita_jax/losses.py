@@ -88,7 +88,7 @@ def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
 
     def whole(x):
         x = x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
-        return jnp.where(weights > 0, jnp.take_along_axis(x, back, axis=1), 0)
+        return jnp.where(weights > 0, jnp.take_along_axis(x, back, axis=1), jnp.zeros_like(x))
 
     nats, right = map(whole, found)
     return nats, right

@@ -633,11 +633,11 @@ STAGES = {
         ),
         trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
         data=asked(
-            {"#spoken": 0.4, "#talk": 0.1, "#qa": 0.08, "#names": 0.08, "#move": 0.06}
-            | {"easy_vqa": 0.07, "asked": 0.06, "asr": 0.04, "asr_zh": 0.02, "noise": 0.09},
+            {"#spoken": 0.4, "#talk": 0.1, "#qa": 0.06, "#names": 0.12, "#move": 0.06}
+            | {"easy_vqa": 0.06, "asked": 0.06, "asr": 0.03, "asr_zh": 0.02, "noise": 0.09},
         ),
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=900,
+        num_steps=1050,
     ),
 }
 

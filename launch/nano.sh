@@ -62,6 +62,11 @@ done
 for stage in seventh_1_1 seventh_1_2 seventh_2_1b seventh_2_2; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/seventh_2_2/model build/nano/model
+
+# The eighth sees in every part of a picture which part it is.
+for stage in eighth_1_1 eighth_1_2 eighth_2_1b eighth_2_2; do
+    train $stage $runs/$stage
+done
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/eighth_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/seventh_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/eighth_1_2/model --out build/nano/eval

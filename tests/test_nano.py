@@ -157,7 +157,8 @@ def test_stages_of_the_small_model():
         "sixth_1_2": "fifth_2_2b", "sixth_2_1b": "fifth_2_2b",
         "sixth_2_1c": "sixth_2_1b", "sixth_2_2": "sixth_1_2", "sixth_2_2b": "sixth_2_2",
         "sixth_2_2c": "sixth_2_2b", "seventh_1_1": "sixth_2_2c", "seventh_1_2": "sixth_2_2c",
-        "seventh_2_1b": "sixth_2_1c", "seventh_2_2": "seventh_1_2",
+        "seventh_2_1b": "sixth_2_1c", "seventh_2_2": "seventh_1_2", "eighth_1_1": "seventh_2_2",
+        "eighth_1_2": "seventh_2_2", "eighth_2_1b": "seventh_2_2", "eighth_2_2": "eighth_1_2",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

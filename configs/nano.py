@@ -639,6 +639,20 @@ STAGES = {
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
         num_steps=1050,
     ),
+    # The ninth matches each picture with its answers among all that there are, and not only among
+    # those of a batch, and these are in the words of the LLM's answers.
+    "ninth_1_1": dict(
+        file="stage1_1_vision_alignment",
+        init_from=(f"{RUNS}/eighth_2_2/model",),
+        objective="match",
+        trainable=(r"vision/.*",),
+        data=dataclasses.replace(
+            seen({"#views": 0.45, "#labels": 0.37, "#quarters": 0.18}, "views-held_out", 6, 800, 8),
+            captions=f"{DATA}/captions.json",
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=4e-3, **LATER),
+        num_steps=3600,
+    ),
 }
 
 
@@ -654,7 +668,7 @@ def get_config(stage):
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
     # them, which leaves it little to say about them. From the sixth round on they are shorter.
-    shorter = 1 / 16 if stage.startswith(("sixth", "seventh", "eighth")) else 1
+    shorter = 1 / 16 if stage.startswith(("sixth", "seventh", "eighth", "ninth")) else 1
     scale = model.vision.embeddings_scale * shorter
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)
     return dataclasses.replace(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vita_jax.data import scenes, talk
-from vita_jax.data.drawn import KINDS, DrawnSource
+from vita_jax.data.drawn import KINDS, DrawnSource, captions
 from vita_jax.data.sources import open_source
 
 
@@ -85,15 +85,27 @@ def test_spoken_samples_begin_with_what_was_recorded(folder):
 
 @pytest.mark.parametrize("kind", ["captions", "views"])
 def test_captions_name_in_both_languages_what_a_picture_shows(folder, kind):
-    source, first = DrawnSource(f"{folder}#{kind}"), set()
+    source = DrawnSource(f"{folder}#{kind}")
+    named = [[talk.name(c.en, c.zh, lang) for lang in talk.LANGS] for c in source.concepts]
     for index in range(20):
         sample = source.sample(index)
         question, answer = (turn["value"] for turn in sample["conversations"])
         assert question == "<image>\n" and sample["image"].size == (112, 112)
-        named = [[talk.name(c.en, c.zh, lang) for lang in talk.LANGS] for c in source.concepts]
-        (lang,) = [way for way in (1, -1) for names in named if answer == " ".join(names[::way])]
-        first.add(lang)
-    assert len(first) == 2
+        assert answer.split("\n") in named
+
+
+@pytest.mark.parametrize("kind", ["captions", "views", "quarters", "labels"])
+def test_captions_are_all_that_is_said_without_a_question(folder, kind):
+    source = DrawnSource(f"{folder}#{kind}")
+    listed = captions(source.concepts)
+    # 22 names, with four places each; 20 nouns in 6 numbers, 5 places and 10 colours; 24 shapes.
+    assert len(set(listed)) == len(listed) == 22 * 5 + 20 * 21 + 24
+    turns = [turn for i in range(60) for turn in source.sample(i)["conversations"]]
+    said = {turn["value"] for turn in turns[1::2]}
+    assert len(said) > 10 and said <= set(listed)
+    if kind == "labels":  # as questions are answered
+        assert said & {talk.count(3, noun, "en") + "\n" + talk.count(3, noun, "zh")
+                       for noun in talk.NOUNS}  # fmt: skip
 
 
 def test_names_are_asked_in_both_languages(folder):
@@ -105,6 +117,7 @@ def test_names_are_asked_in_both_languages(folder):
 
 
 PLACES = [["top", "left"], ["top", "right"], ["bottom", "left"], ["bottom", "right"]]
+TOLD = [[text for side in sides for text in talk.SIDES[side]] for sides in PLACES]
 
 
 @pytest.mark.parametrize("kind", ["mosaics", "quarters"])
@@ -119,12 +132,10 @@ def test_four_things_are_named_in_the_order_they_are_read(kind, folder, monkeypa
     for index in range(10):
         values = [turn["value"] for turn in source.sample(index)["conversations"]]
         named = [re.findall(r"[^.。]+[.。]", answer) for answer in values[1::2]]
-        places = [re.split(r"[.。]", answer)[-1].split() for answer in values[1::2]]
         codes = [code_of[name.strip()] for names in named for name in names]
         if kind == "quarters":  # each in both languages
             assert values[2::2] == [""] * 3 and codes[::2] == codes[1::2]
-            sides = [[talk.SIDES[side][1] for side in sides] for sides in PLACES]
-            assert all(told in both for told, both in zip(places, zip(PLACES, sides)))
+            assert [answer.split("\n")[2:] for answer in values[1::2]] == TOLD
             codes = codes[::2]
         assert values[0] == "<image>\n" and len(codes) == 4
         for code, drawing in zip(codes, shown[-1]):
@@ -144,7 +155,7 @@ def test_questions_of_any_kind_are_asked_without_a_picture(folder):
         assert asked & {form for lang in talk.LANGS for form in talk.forms(task, lang, False)}
 
 
-def test_labels_say_in_few_words_what_is_drawn(folder, monkeypatch):
+def test_labels_say_what_is_drawn(folder, monkeypatch):
     source, drawn = DrawnSource(f"{folder}#labels"), []
     group, arrange = scenes.group, scenes.arrange
     monkeypatch.setattr(
@@ -153,16 +164,17 @@ def test_labels_say_in_few_words_what_is_drawn(folder, monkeypatch):
     monkeypatch.setattr(
         scenes, "arrange", lambda *a, **k: drawn.append(a[2][0]) or arrange(*a, **k)
     )
-    both, seen = {side: zh for side, (_, zh) in talk.SIDES.items()}, set()
+    seen = set()
     for index in range(60):
         drawn.clear()
         question, answer = (turn["value"] for turn in source.sample(index)["conversations"])
         assert question == "<image>\n"
-        for side in set(answer.split()) & set(both):
-            assert drawn == [side] and both[side] in answer
-            seen.add(side)
+        for side, (en, zh) in talk.SIDES.items():
+            if f" is {en}." in answer:
+                assert drawn == [side] and zh in answer
+                seen.add(side)
         for number, word in enumerate(talk.COUNTS, 1):
-            if word in answer.split():
+            if f" {word} " in answer:
                 assert drawn == [number] and talk.COUNTS[word] in answer
                 seen.add(word)
     assert len(seen) > 8

@@ -130,7 +130,7 @@ def test_matched_pairs_are_cosines_both_ways():
     both = [
         optax.softmax_cross_entropy_with_integer_labels(x, np.arange(4)) for x in (scores, scores.T)
     ]
-    nats, right = jax.jit(match_pairs)(pictures, words, real)
+    nats, right = jax.jit(match_pairs)(pictures, words, real, words[:0])
     np.testing.assert_allclose(nats[real], np.mean(both, axis=0), rtol=1e-4)
     np.testing.assert_array_equal(right[real], scores.argmax(axis=1) == np.arange(4))
     assert not nats[~real].any() and not right[~real].any()
@@ -141,10 +141,30 @@ def test_equal_words_are_not_told_apart():
     words = np.eye(4, D, dtype=np.float32)[[0, 1, 0, 2]]
     real = np.ones(4, bool)
     centred = words - words.mean(axis=0)
-    nats, right = match_pairs(centred, words, real)
+    nats, right = match_pairs(centred, words, real, words[:0])
     assert right.all() and nats.max() < 1e-3  # each at one of its own: that is all there is to do
-    nats, right = match_pairs(rng.standard_normal((4, D)).astype(np.float32), words, real)
+    pictures = rng.standard_normal((4, D)).astype(np.float32)
+    nats, right = match_pairs(pictures, words, real, words[:0])
     assert not right.all() and nats.max() > 1
+
+
+def test_pictures_are_told_from_words_of_no_picture():
+    rng = np.random.default_rng(0)
+    pictures, words = rng.standard_normal((2, 4, D)).astype(np.float32)
+    real = np.array([1, 1, 0, 1], bool)
+    others = np.concatenate([words[:1], rng.standard_normal((5, D)).astype(np.float32)])
+    told = np.concatenate([words[real], others])
+    told -= told.mean(axis=0)
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (pictures[real], told))
+    scores = (a @ b.T / TEMPERATURE).astype(np.float64)
+    own = np.pad(np.eye(3, dtype=bool), ((0, 0), (0, 6)))
+    own[0, 3] = True  # the first of the others is what the first picture shows
+    of_words = np.log(np.exp(scores).sum(axis=1) / (np.exp(scores) * own).sum(axis=1))
+    of_pictures = np.log(np.exp(scores).sum(axis=0)[:3] / np.exp(scores).diagonal())
+    nats, right = jax.jit(match_pairs)(pictures, words, real, others)
+    np.testing.assert_allclose(nats[real], (of_words + of_pictures) / 2, rtol=1e-4)
+    np.testing.assert_array_equal(right[real], own[range(3), scores.argmax(axis=1)])
+    assert not nats[~real].any()
 
 
 def test_pictures_are_matched_with_the_words_of_their_conversation():
@@ -160,7 +180,7 @@ def test_pictures_are_matched_with_the_words_of_their_conversation():
     model, params = Vita(config.model), init_params(config.model, 0)
     parts = feed.used_parts(config, batch)
     small = {k: v for k, v in trees.flatten(params).items() if k.startswith(parts)}
-    loss = functools.partial(objectives.match_loss, config, model, frozen={}, batch=batch)
+    loss = functools.partial(objectives.match_loss, config, model, None, frozen={}, batch=batch)
     (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trees.unflatten(small))
 
     def expected(params):
@@ -169,7 +189,7 @@ def test_pictures_are_matched_with_the_words_of_their_conversation():
         said = [table[x.tokens[x.loss_mask > 0]].mean(axis=0) for x in examples]
         tiles /= jnp.linalg.norm(tiles, axis=-1, keepdims=True)
         pictures = tiles.mean(axis=(1, 2))
-        return match_pairs(pictures, jnp.stack(said), jnp.ones(4, bool))[0].sum()
+        return match_pairs(pictures, jnp.stack(said), jnp.ones(4, bool), table[:0])[0].sum()
 
     value, their_grads = jax.jit(jax.value_and_grad(expected))(params)
     np.testing.assert_allclose(nats, value, rtol=1e-5)
@@ -197,7 +217,7 @@ def test_four_replies_are_about_the_quarters_of_their_picture():
     batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)  # in a row
     batch.segment_ids[:, 1536:] *= 2
     model, params = Vita(config.model), init_params(config.model, 0)
-    loss = functools.partial(objectives.match_loss, config, model, frozen={}, batch=batch)
+    loss = functools.partial(objectives.match_loss, config, model, None, frozen={}, batch=batch)
     (nats, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     def expected(params):
@@ -212,13 +232,45 @@ def test_four_replies_are_about_the_quarters_of_their_picture():
         edges = np.flatnonzero(np.diff(second.loss_mask, prepend=0, append=0)).reshape(4, 2)
         said += [table[second.tokens[a:b]].mean(axis=0) for a, b in edges]
         pictures = jnp.concatenate([tiles[:1].mean(axis=1), quarters])
-        return match_pairs(pictures, jnp.stack(said), jnp.ones(5, bool))[0].sum()
+        return match_pairs(pictures, jnp.stack(said), jnp.ones(5, bool), table[:0])[0].sum()
 
     value, their_grads = jax.jit(jax.value_and_grad(expected))(params)
     np.testing.assert_allclose(nats, value, rtol=1e-5)
     assert sums["targets"] == 5
     for path in ("vision/projector/up", "vision/encoder/patch/kernel"):
         assert_close(trees.flatten(grads)[path], trees.flatten(their_grads)[path], 1e-5)
+
+
+def test_pictures_are_matched_with_captions_from_a_file(tmp_path):
+    file = tmp_path / "captions.json"
+    words = ("objective=match", f"data.captions={file}")
+    config = load_config(ROOT / "configs" / "stage1_1_vision_alignment.py", tiny=True)
+    config = override(config, words)
+    processor = feed.make_processor(config, feed.load_tokenizer(config))
+    samples = list(synthetic.samples("captions", 4, 0))
+    replies = [sample["conversations"][1]["value"] for sample in samples]
+    file.write_text(json.dumps([replies[0], "A much longer reply than the others are.", "no"]))
+    captions = feed.load_captions(config, processor)
+    examples = [processor.sample(sample) for sample in samples]
+    said = [x.tokens[x.loss_mask > 0] for x in examples]
+    np.testing.assert_array_equal(captions[0][captions[0] >= 0], said[0])
+    batch = collate(examples, 768, 1)
+    model, params = Vita(config.model), init_params(config.model, 0)
+    loss = objectives.make_loss(config, captions=captions)
+    nats, sums = jax.jit(loss)(params, {}, batch)
+    table = np.asarray(params["llm"]["embedding"])
+    others = np.stack([table[row[row >= 0]].mean(axis=0) for row in captions])
+    tiles = model.apply({"params": params}, batch.tiles, method="encode_tiles")
+    pictures = (tiles / jnp.linalg.norm(tiles, axis=-1, keepdims=True)).mean(axis=(1, 2))
+    own = np.stack([table[ids].mean(axis=0) for ids in said])
+    expected, _ = match_pairs(pictures, own, np.ones(4, bool), others)
+    np.testing.assert_allclose(nats, expected.sum(), rtol=1e-5)
+    assert sums["targets"] == 4
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="captions.json: expected a JSON list of replies"):
+        feed.load_captions(config, processor)
+    with pytest.raises(ValueError, match="only objective='match' has a use for them, not 'ctc'"):
+        override(config, ("objective=ctc",))
 
 
 def ctc_batch(b=4, t=12, v=7, s=4):

@@ -394,6 +394,7 @@ class DataConfig:
     noises: str | None = None  # folder of sounds that `augment_audio` mixes in, too
     held_out: tuple[str, ...] = ()  # sources of samples to validate with, never trained on
     units: str | None = None  # file of CTC units (`vita data units`); None: the tokenizer's ids
+    captions: str | None = None  # file of replies, a JSON list, for objective="match" to tell apart
     max_reject_share: float = 0.05
     seed: int = 42
 
@@ -498,6 +499,11 @@ class TrainConfig:
                 f"optim.accumulation={self.optim.accumulation}: a batch of objective="
                 f"{self.objective!r} cannot be cut, as all of it is looked at together; expected 1"
             )
+        if self.data.captions and self.objective != "match":
+            raise ValueError(
+                f"data.captions={self.data.captions!r}: only objective='match' has a use for them, "
+                f"not {self.objective!r}; leave it out"
+            )
         for part, objectives in (("codec", ("codec", "speech")), ("speech", ("speech",))):
             if self.objective in objectives and getattr(self.model, part) is None:
                 raise ValueError(f"objective={self.objective!r}: {self.model.name} has no {part}")
@@ -566,6 +572,7 @@ def shrink(config: TrainConfig) -> TrainConfig:
             augment_audio=False,
             noises=None,
             units=None,
+            captions=None,
             num_workers=0,
         ),
         optim=dataclasses.replace(config.optim, learning_rate=3e-3, accumulation=1),

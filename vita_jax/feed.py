@@ -128,6 +128,28 @@ def with_voice(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, codec=codec))
 
 
+def load_captions(config: TrainConfig, processor: Processor):
+    """The replies in `data.captions`: int32[C, L], what is a target of each, then -1; None without.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else than replies.
+    """
+    if config.data.captions is None:
+        return None
+    file = Path(config.data.captions)
+    texts = json.loads(file.read_text("utf-8"))
+    if not texts or not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+        raise ValueError(f"{file}: expected a JSON list of replies")
+    replies = []
+    for text in texts:
+        turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": text}]
+        example = processor.sample({"id": f"{file}: {text}", "conversations": turns})
+        replies.append(example.tokens[example.loss_mask > 0])
+    longest = max(map(len, replies))
+    return np.stack([np.pad(x, (0, longest - len(x)), constant_values=-1) for x in replies])
+
+
 def state_of(loader) -> dict:
     """The state of the loaders of all processes as one."""
     if jax.process_count() == 1 or isinstance(loader, synthetic.Loader):

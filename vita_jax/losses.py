@@ -94,7 +94,7 @@ def next_token_loss(hidden, logits_of, targets, weights, chunk: int):
     return nats, right
 
 
-def match_pairs(pictures, words, real):
+def match_pairs(pictures, words, real, others):
     """Cross-entropy of the words of each picture among all words, and of the pictures of all words,
     by the cosine of both vectors. Equal words are each other's.
 
@@ -102,22 +102,28 @@ def match_pairs(pictures, words, real):
       pictures: float32[N, D].
       words: float32[N, D]; what all have in common does not count.
       real: bool[N] False where there is no pair.
+      others: float32[C, D] words that are among all words, too, though of no picture here.
 
     Returns:
       float32[N] mean of both (nats), 0 where there is no pair, and bool[N] whether a picture's own
       words are the nearest.
     """
-    words -= (words * real[:, None]).sum(axis=0) / jnp.maximum(real.sum(), 1)
+    number = len(words)
+    words = jnp.concatenate([words, others])
+    told = jnp.pad(real, (0, len(others)), constant_values=True)
+    words -= (words * told[:, None]).sum(axis=0) / jnp.maximum(told.sum(), 1)
     pictures, words = (
         x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-9) for x in (pictures, words)
     )
-    own = (words @ words.T > SAME) | jnp.eye(len(words), dtype=bool)
-    scores = jnp.where(real[:, None] & real, pictures @ words.T / TEMPERATURE, MASKED)
+    own = (words[:number] @ words.T > SAME) | jnp.eye(number, len(words), dtype=bool)
+    scores = jnp.where(real[:, None] & told, pictures @ words.T / TEMPERATURE, MASKED)
     ours = jnp.where(own, scores, MASKED)
-    nats = sum(
-        jax.nn.logsumexp(scores, axis=axis) - jax.nn.logsumexp(ours, axis=axis) for axis in (0, 1)
-    )
-    return jnp.where(real, nats / 2, 0), real & (ours.max(axis=1) == scores.max(axis=1))
+
+    def missed(axis):
+        return jax.nn.logsumexp(scores, axis=axis) - jax.nn.logsumexp(ours, axis=axis)
+
+    nats = (missed(1) + missed(0)[:number]) / 2
+    return jnp.where(real, nats, 0), real & (ours.max(axis=1) == scores.max(axis=1))
 
 
 def of_conversations(flags, segment_ids):

@@ -35,11 +35,12 @@ from vita_jax.models.discriminators import Discriminators
 from vita_jax.models.vita import Vita
 
 
-def make_loss(config: TrainConfig, training: bool = True):
+def make_loss(config: TrainConfig, training: bool = True, captions=None):
     """The objective.
 
     Args:
       config: the stage.
+      captions: for "match" only: as `feed.load_captions` returns.
       training: for "codec" only: with discriminators, statistics of the batch, and what `settle`
         takes; else by the fixed statistics.
 
@@ -53,9 +54,10 @@ def make_loss(config: TrainConfig, training: bool = True):
     model = Vita(config.model.with_dtype(config.dtype, config.remat))
     if config.objective == "codec":
         return functools.partial(code_loss, config, model, training)
+    if config.objective == "match":
+        return functools.partial(match_loss, config, model, captions)
     loss = {
         "next_token": read_loss,
-        "match": match_loss,
         "ctc": hear_loss,
         "align": align_loss,
         "speech": speak_loss,
@@ -103,15 +105,16 @@ def read_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch, st
     return total, sums
 
 
-def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
-    """Which words go with which picture, among all in the batch: the mean direction of what a
-    conversation's pictures are embedded as is drawn to the mean embedding of its targets, and from
-    those of others. Where a conversation has four replies, each is about a quarter of the picture,
-    as they are read. Only directions count, as the LLM's norms leave no more of a picture. The LLM
-    itself is not run: of it, only the input table is needed.
+def match_loss(config: TrainConfig, model: Vita, captions, params, frozen, batch: Batch):
+    """Which words go with which picture, among all in the batch and all `captions`: the mean
+    direction of what a conversation's pictures are embedded as is drawn to the mean embedding of
+    its targets, and from those of others. Where a conversation has four replies, each is about a
+    quarter of the picture, as they are read. Only directions count, as the LLM's norms leave no
+    more of a picture. The LLM itself is not run: of it, only the input table is needed.
 
-    Targets are conversations with pictures, or quarters. Returns as `make_loss` says. Source: arXiv
-    2103.00020 (CLIP), with the table in the place of a text tower.
+    Captions are int32[C, L], tokens of a reply, then -1, or None. Targets are conversations with
+    pictures, or quarters. Returns as `make_loss` says. Source: arXiv 2103.00020 (CLIP), with the
+    table in the place of a text tower.
     """
     variables = lora.variables(config, params, frozen)
     embeddings = model.apply(variables, batch, method="embed").astype(jnp.float32)
@@ -141,7 +144,11 @@ def match_loss(config: TrainConfig, model: Vita, params, frozen, batch: Batch):
     words, told = mean(embeddings, reply[:, :, None] == parts, is_target)
     first = jnp.diff(of_tiles, axis=1, prepend=0) > 0  # of its conversation's tiles
     real = (first & told).ravel()
-    nats, right = match_pairs(pictures, words, real)
+    others = words[:0]
+    if captions is not None:
+        table, said = variables["params"]["llm"]["embedding"], (captions >= 0)[..., None]
+        others = (table[captions].astype(jnp.float32) * said).sum(axis=1) / said.sum(axis=1)
+    nats, right = match_pairs(pictures, words, real, others)
     return nats.sum(), {
         "targets": real.sum(),
         "wrong": (real & ~right).sum(),

@@ -40,8 +40,10 @@ from vita_jax.config import TrainConfig
 from vita_jax.data import synthetic
 from vita_jax.evaluate import Listener
 from vita_jax.feed import (
+    load_captions,
     load_tokenizer,
     make_loaders,
+    make_processor,
     of_all,
     same_size,
     state_of,
@@ -121,9 +123,10 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     done = int(state.step)
     log.info("from step %d to %d", done, config.num_steps)
 
-    step = make_step(config, optimizer, tuple(tokenizer.state_ids.values()))
+    captions = load_captions(config, make_processor(config, tokenizer))
+    step = make_step(config, optimizer, tuple(tokenizer.state_ids.values()), captions)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    score = jax.jit(make_loss(config, training=False))
+    score = jax.jit(make_loss(config, training=False, captions=captions))
     listen = make_listener(config, tokenizer)
     to_devices = functools.partial(jax.make_array_from_process_local_data, rows)
     with (
@@ -175,20 +178,23 @@ def train(config: TrainConfig, workdir, profile: tuple[int, int] | None = None) 
     log.info("%s: done. Try: vita chat %s", workdir, workdir / "model")
 
 
-def make_step(config: TrainConfig, optimizer: optax.GradientTransformation, state_ids=()):
+def make_step(
+    config: TrainConfig, optimizer: optax.GradientTransformation, state_ids=(), captions=None
+):
     """The function of one step, to be compiled.
 
     Args:
       config: the stage.
       optimizer: the Optax transformation.
       state_ids: the state tokens of query, noise and text, for a model with `llm.num_states`.
+      captions: as in `make_loss`.
 
     Returns:
       function of (State, frozen parameters, Batch) to (State, metrics); metrics are scalars: those
       of `means`, grad_norm, learning_rate, skipped, skipped_now.
     """
     rate = schedule(config.optim, config.num_steps)
-    gradients = jax.value_and_grad(make_loss(config), has_aux=True)
+    gradients = jax.value_and_grad(make_loss(config, captions=captions), has_aux=True)
     has_states = config.model.llm.num_states and config.objective == "next_token"
 
     def in_pieces(function, params, frozen, whole):

@@ -13,6 +13,7 @@ import functools
 import io
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,10 @@ TURNS = {  # least, most
     "quarters": (4, 4),
 }  # fmt: skip
 SHAPE_COLOURS = tuple(talk.COLOURS)[:8]  # easy-vqa's
+CORNERS = [  # of a picture, as they are read
+    [functools.partial(talk.side, side) for side in both]
+    for both in itertools.product(("top", "bottom"), ("left", "right"))
+]
 
 
 class DrawnSource:
@@ -44,12 +49,12 @@ class DrawnSource:
 
     "captions" are plain pictures with what they show and no question, "views" harder ones,
     "mosaics" four things in one, "quarters" the same with a reply for each and its place, "labels"
-    the number, side or colour of a thing, or a shape, in few words. "names" asks what a picture
-    shows, in both languages; "qa" asks all that `talk.FORMS` lists, about one thing or several,
-    shapes, clips in which something moves, and nothing at all; "spoken" are of both kinds; the
-    others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a question that
-    recordings ask, if `TRIES` draws find one. Held-out samples have the forms that are not trained
-    on, recordings of other voices, and drawings of the main styles as they are.
+    the number, side or colour of a thing, or a shape; `captions` lists what all these say. "names"
+    asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS` lists, about one
+    thing or several, shapes, clips in which something moves, and nothing at all; "spoken" are of
+    both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a
+    question that recordings ask, if `TRIES` draws find one. Held-out samples have the forms that
+    are not trained on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -172,14 +177,14 @@ def _captions(draw):
     """One thing with nothing in the way, and its name unasked."""
     concept = draw.choose(draw.source.concepts)
     picture = scenes.plain(draw.rng, draw.drawing(concept.code), PX)
-    return {"image": picture}, [_caption(concept)]
+    return {"image": picture}, [_told(_naming(concept))]
 
 
 def _views(draw):
     """One thing as it may be met, and its name unasked."""
     concept = draw.choose(draw.source.concepts)
     picture = scenes.single(draw.rng, draw.drawing(concept.code), PX, restyled=draw.restyled)
-    return {"image": picture}, [_caption(concept)]
+    return {"image": picture}, [_told(_naming(concept))]
 
 
 def _mosaics(draw):
@@ -200,8 +205,7 @@ def _quarters(draw):
     each quarter is embedded as then says where it is, too, and not only to who knows the order.
     """
     concepts, media = _four(draw)
-    places = itertools.product(("top", "bottom"), ("left", "right"))
-    return media, [_caption(concept, sides) for concept, sides in zip(concepts, places)]
+    return media, [_told(_naming(concept), *sides) for concept, sides in zip(concepts, CORNERS)]
 
 
 def _four(draw):
@@ -211,55 +215,60 @@ def _four(draw):
     return concepts, {"image": scenes.mosaic(draw.rng, drawings, PX, restyled=draw.restyled)}
 
 
-def _caption(concept, sides=()):
-    """The name in both languages, a language first, in which sides are told."""
-
-    def caption(lang):
-        langs = sorted(talk.LANGS, key=lambda other: other != lang)
-        names = [talk.name(concept.en, concept.zh, each) for each in langs]
-        told = sides if lang == "en" else [talk.SIDES[side][1] for side in sides]
-        return "", " ".join((*names, *told))
-
-    return caption
-
-
 def _labels(draw):
-    """How many of what, where, or of which colour, in the fewest words: what a picture is matched
-    with should hold more than a name.
+    """How many of what, where, or of which colour: what a picture is matched with should hold more
+    than a name.
     """
     noun = draw.nouns(1)[0]
-    _, zh, unit = talk.NOUNS[noun]
     kind = draw.choose(["count", "count", "place", "place", "colour", "shape"])
     if kind == "count":
-        number = int(draw.rng.integers(1, 7))
+        number = int(draw.rng.integers(1, 1 + len(talk.COUNTS)))
         picture = scenes.group(draw.rng, [draw.noun(noun)] * number, PX, draw.restyled)
-        word, zh_word = list(talk.COUNTS.items())[number - 1]
-        several = noun if number == 1 else talk.plural(noun)
-        words = f"{word} {several}", f"{zh_word}{unit}{zh}"
+        answers = [functools.partial(talk.count, number, noun)]
     elif kind == "place":
         side = draw.choose(talk.SIDES)
         picture = scenes.arrange(draw.rng, [draw.noun(noun)], [side], PX, draw.restyled)
-        words = side, talk.SIDES[side][1]
-        if draw.rng.random() < 0.5:
-            words = f"{noun} {side}", f"{zh}{words[1]}"
+        answers = [functools.partial(talk.place, noun, side)]
     elif kind == "colour":
         word = draw.choose(talk.COLOURS)
         drawing = scenes.tint(draw.noun(noun), word)
         picture = scenes.arrange(draw.rng, [drawing], ["middle"], PX, restyled=False)
-        words = f"{word} {noun}", f"{talk.COLOURS[word]}{zh}"
+        answers = [functools.partial(talk.colour, noun, word)]
     else:
         shape, word = draw.choose(talk.SHAPES), draw.choose(SHAPE_COLOURS)
         picture = scenes.shape(draw.rng, shape, word, PX)
-        words = f"{word} {shape}", f"{talk.COLOURS[word]}{talk.SHAPES[shape]}"
+        answers = [functools.partial(talk.quality, what) for what in (shape, word)]
+    return {"image": picture}, [_told(*answers)]
 
-    def label(lang):
-        return "", " ".join(words if lang == "en" else words[::-1])
 
-    return {"image": picture}, [label]
+def captions(concepts: Iterable[Concept]) -> list[str]:
+    """All that "captions", "views", "quarters" and "labels" may say."""
+    part, names = functools.partial, [_naming(concept) for concept in concepts]
+    told = [[name] for name in names] + [[name, *sides] for name in names for sides in CORNERS]
+    for noun in talk.NOUNS:
+        told += [[part(talk.count, 1 + i, noun)] for i in range(len(talk.COUNTS))]
+        told += [[part(talk.place, noun, side)] for side in talk.SIDES]
+        told += [[part(talk.colour, noun, word)] for word in talk.COLOURS]
+    shapes = itertools.product(talk.SHAPES, SHAPE_COLOURS)
+    told += [[part(talk.quality, what) for what in both] for both in shapes]
+    return [_told(*answers)("")[1] for answers in told]
+
+
+def _told(*answers):
+    """A reply without a question: these answers, each in both languages, in lines, so that their
+    tokens are those of answers to questions.
+    """
+    reply = "\n".join(answer(lang) for answer in answers for lang in talk.LANGS)
+    return lambda lang: ("", reply)
+
+
+def _naming(concept):
+    """Its name, once a language is given."""
+    return functools.partial(talk.name, concept.en, concept.zh)
 
 
 def _name(draw, concept):
-    return draw.ask("name", functools.partial(talk.name, concept.en, concept.zh))
+    return draw.ask("name", _naming(concept))
 
 
 def _one(draw):

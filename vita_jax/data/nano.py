@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vita_jax.data import concepts as drawings
-from vita_jax.data import judged, talk, voices
+from vita_jax.data import drawn, judged, talk, voices
 from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, write_wav
 from vita_jax.data.concepts import Concept
 from vita_jax.data.prompts import ASSISTANT, SYSTEM, SYSTEM_PROMPTS, USER
@@ -88,6 +88,8 @@ def build(
         write(place / "asked", asked)
         write(place / "noise", _unasked(target, place / "noise", held_out))
     write(target / "easy_vqa", easy_vqa("train"))
+    told = json.dumps(drawn.captions(seen), indent=0, ensure_ascii=False)
+    (target / "captions.json").write_text(told + "\n", "utf-8")
     sets = judged.write_sets(target, packages, seen, progress)
     tokenizer(known).save(target)
     spoken = clips(target)

@@ -135,6 +135,11 @@ def place(noun: str, side: str, lang: str) -> str:
     return f"The {noun} is {en}." if lang == "en" else f"{NOUNS[noun][1]}{zh}。"
 
 
+def side(word: str, lang: str) -> str:
+    """'on the left'"""
+    return SIDES[word][LANGS.index(lang)]
+
+
 def move(noun: str, way: str, lang: str) -> str:
     """'The cat moves to the left.'"""
     en, zh = MOVES[way]

@@ -653,6 +653,56 @@ STAGES = {
         optim=OptimConfig(learning_rate=1e-3, muon_rate=4e-3, **LATER),
         num_steps=3600,
     ),
+    "ninth_1_2": dict(
+        file="stage1_2_vision_understanding",
+        init_from=(f"{RUNS}/eighth_2_2/model", rf"vision/.*={RUNS}/ninth_1_1/model"),
+        trainable=PROJECTOR_AND_WORDS,
+        data=seen(
+            {"#names": 0.27, "#qa": 0.16, "#place": 0.15, "#count": 0.15, "#move": 0.09}
+            | {"#shape": 0.03, "easy_vqa": 0.15},
+            rows=12,
+            max_tokens=320,
+            max_tiles=8,
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
+        num_steps=1300,
+    ),
+    "ninth_2_1b": dict(
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/eighth_2_2/model",),
+        objective="align",
+        trainable=(r"audio/(encoder|adapter)/.*",),
+        data=dataclasses.replace(
+            heard({"asr": 0.22, "asr_zh": 0.18, "asked": 0.6}, batch_size=8), seed=48
+        ),
+        optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, clip_norm=5.0, **LATER),
+        num_steps=2400,
+    ),
+    "ninth_2_1c": dict(  # on, with the convolutions in front, half of the work, as they are
+        file="stage2_1b_speech_adapter",
+        init_from=(f"{RUNS}/ninth_2_1b/model",),
+        objective="align",
+        trainable=(r"audio/encoder/(?!subsampling).*", r"audio/adapter/.*"),
+        data=dataclasses.replace(
+            heard({"asr": 0.22, "asr_zh": 0.18, "asked": 0.6}, batch_size=8), seed=49
+        ),
+        optim=OptimConfig(learning_rate=9e-4, muon_rate=2.7e-3, clip_norm=5.0, **LATER),
+        num_steps=2600,
+    ),
+    "ninth_2_2": dict(  # encoders stay as they are
+        file="stage2_2_audio_sft",
+        init_from=(
+            f"{RUNS}/ninth_1_2/model",
+            rf"audio/(encoder|adapter)/.*={RUNS}/ninth_2_1c/model",
+        ),
+        trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
+        data=asked(
+            {"#spoken": 0.37, "#talk": 0.08, "#qa": 0.06, "#names": 0.11, "#move": 0.03}
+            | {"easy_vqa": 0.06, "asked": 0.1, "asr": 0.05, "asr_zh": 0.06, "noise": 0.08},
+        ),
+        optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
+        num_steps=1100,
+    ),
 }
 
 

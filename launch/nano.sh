@@ -67,6 +67,11 @@ done
 for stage in eighth_1_1 eighth_1_2 eighth_2_1b eighth_2_2; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/eighth_2_2/model build/nano/model
+
+# The ninth tells each picture from all captions.
+for stage in ninth_1_1 ninth_1_2 ninth_2_1b ninth_2_1c ninth_2_2; do
+    train $stage $runs/$stage
+done
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/ninth_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/eighth_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/ninth_1_2/model --out build/nano/eval

@@ -159,7 +159,8 @@ def test_stages_of_the_small_model():
         "sixth_2_2c": "sixth_2_2b", "seventh_1_1": "sixth_2_2c", "seventh_1_2": "sixth_2_2c",
         "seventh_2_1b": "sixth_2_1c", "seventh_2_2": "seventh_1_2", "eighth_1_1": "seventh_2_2",
         "eighth_1_2": "seventh_2_2", "eighth_2_1b": "seventh_2_2", "eighth_2_2": "eighth_1_2",
-        "ninth_1_1": "eighth_2_2",
+        "ninth_1_1": "eighth_2_2", "ninth_1_2": "eighth_2_2", "ninth_2_1b": "eighth_2_2",
+        "ninth_2_1c": "ninth_2_1b", "ninth_2_2": "ninth_1_2",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

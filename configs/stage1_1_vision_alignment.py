@@ -2,8 +2,8 @@
 
 Run:     vita train configs/stage1_1_vision_alignment.py --workdir runs/s1_1
          (add --tiny to try it on a CPU; for a vision encoder that nobody has trained yet
-         objective=match optim.accumulation=1 'trainable=["vision/.*"]', and if captions are often the
-         same, data.captions=FILE, a JSON list of all of them)
+         objective=match optim.accumulation=1 'trainable=["vision/.*"]', and where captions are
+         few, data.captions=FILE, a JSON list of all of them)
 Needs:   checkpoints/parts (`vita convert` of plain Qwen2.5-7B-Instruct and InternViT) and a fifth
          of the captions in data/captions; others to validate with in data/held_out/captions
 Source:  VITA-1.5 paper, three-stage training, stage 1.1; the release's script "s1 pretrain vision

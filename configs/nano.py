@@ -371,7 +371,7 @@ STAGES = {
             num_shards=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=1600,
+        num_steps=1750,
     ),
     # The fifth matches pictures with more than names, as the side where a thing is, and keeps the
     # vision encoder as it then is for a stage.
@@ -697,11 +697,12 @@ STAGES = {
         ),
         trainable=(*PROJECTOR_AND_WORDS, r"audio/(adapter|prompts).*"),
         data=asked(
-            {"#spoken": 0.37, "#talk": 0.08, "#qa": 0.06, "#names": 0.11, "#move": 0.03}
-            | {"easy_vqa": 0.06, "asked": 0.1, "asr": 0.05, "asr_zh": 0.06, "noise": 0.08},
+            {"#spoken": 0.36, "#talk": 0.07, "#names": 0.13, "#place": 0.07, "#count": 0.05}
+            | {"#move": 0.02, "easy_vqa": 0.06, "asked": 0.08, "asr": 0.04, "asr_zh": 0.05}
+            | {"noise": 0.07},
         ),
         optim=OptimConfig(learning_rate=7e-4, muon_rate=2e-3, **LATER),
-        num_steps=1100,
+        num_steps=1750,
     ),
 }
 

@@ -266,8 +266,12 @@ def test_pictures_are_matched_with_captions_from_a_file(tmp_path):
     expected, _ = match_pairs(pictures, own, np.ones(4, bool), others)
     np.testing.assert_allclose(nats, expected.sum(), rtol=1e-5)
     assert sums["targets"] == 4
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="captions.json: expected a JSON list of replies"):
+    for text in ("{}", "[1]", "[]", "no list"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="captions.json: expected a JSON list of replies"):
+            feed.load_captions(config, processor)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="captions.json: no such file; `vita data build`"):
         feed.load_captions(config, processor)
     with pytest.raises(ValueError, match="only objective='match' has a use for them, not 'ctc'"):
         override(config, ("objective=ctc",))

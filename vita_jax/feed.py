@@ -138,7 +138,12 @@ def load_captions(config: TrainConfig, processor: Processor):
     if config.data.captions is None:
         return None
     file = Path(config.data.captions)
-    texts = json.loads(file.read_text("utf-8"))
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; `vita data build` writes one for its data")
+    try:
+        texts = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        texts = None
     if not texts or not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
         raise ValueError(f"{file}: expected a JSON list of replies")
     replies = []

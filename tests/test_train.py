@@ -320,6 +320,22 @@ def test_init_from_takes_folders_by_part(whole, tmp_path):
     assert "random numbers made by" in licence and "trained with vita_jax" in licence
 
 
+def test_pictures_are_trained_to_be_told_from_all_captions(tmp_path):
+    file = tmp_path / "captions.json"
+    samples = list(synthetic.samples("captions", 4, 0))
+    told = [sample["conversations"][1]["value"] for sample in samples]
+    file.write_text(json.dumps([*told, *(f"number {i}" for i in range(60))]))
+    words = ["objective=match", "trainable=vision/.*", "data.max_tokens=768", "num_steps=2",
+             "optim.accumulation=1", "data.held_out=synthetic:captions"]  # fmt: skip
+    loss, held_out = {}, {}
+    for name, captions in (("without", []), ("with", [f"data.captions={file}"])):
+        folder = tmp_path / name
+        loss[name] = run(folder, *words, *captions, name="stage1_1_vision_alignment")[0]["loss"]
+        held_out[name] = lines_of(folder, held_out=True)[-1]["held_out_loss"]
+    assert loss["with"] > loss["without"] + 1  # as there is more to be told apart
+    assert held_out["with"] > held_out["without"] + 0.1
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -371,7 +371,7 @@ STAGES = {
             num_shards=8,
         ),
         optim=OptimConfig(learning_rate=1e-3, muon_rate=3e-3, **LATER),
-        num_steps=1750,
+        num_steps=1600,
     ),
     # The fifth matches pictures with more than names, as the side where a thing is, and keeps the
     # vision encoder as it then is for a stage.

@@ -14,7 +14,7 @@ from vita_jax.models.attention import MASKED
 
 # Query, noise, text: noise is rare. Source: the release's training code, where the head is off.
 STATE_WEIGHTS = (1.0, 5.0, 1.0)
-TEMPERATURE = 0.05  # of a match: what cosines are divided by
+TEMPERATURE = 0.02  # of a match: what cosines are divided by
 SAME = 0.999  # cosine of words that are the same
 WORD_TEMPERATURE = 0.02  # of the words of a clip: sharp, as there are thousands to be told apart
 NO_WORD = 0.35  # the cosine that a word has to be above, else a frame says none

@@ -18,10 +18,11 @@ import soundfile
 from PIL import Image
 
 from vita_jax.batch import AUDIO_TOKEN, IMAGE_TOKEN, Batch
-from vita_jax.config import DataConfig, vita_tiny
+from vita_jax.cli import SHIPPED
+from vita_jax.config import DataConfig, vita_nano, vita_tiny
 from vita_jax.data.loader import Loader, held_out, merge_states
 from vita_jax.data.processor import Processor
-from vita_jax.data.tokenizer import byte_tokenizer
+from vita_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from vita_jax.models.vita import Vita, init_params
 
 PROCESSOR = Processor(vita_tiny(), byte_tokenizer())
@@ -484,6 +485,19 @@ def test_transcripts_longer_than_the_clip(objective, most, folder, tmp_path):
     assert {line["index"] for line in lines} == {0, 2, 4}
     reason = f"need {13 if n == 12 else 25} {most.split()[1]}.*, the clip has {n}"
     assert any(re.search(reason, line["reason"]) for line in lines)
+
+
+def test_each_han_character_of_a_transcript_is_a_target_by_itself(folder, tmp_path):
+    text = "这是猫吗？ is it a cat?"
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "5.wav").write_bytes((folder / "audio" / "5.wav").read_bytes())
+    tokenizer = Tokenizer.load(SHIPPED)
+    sample = {"audio": "5.wav", "conversations": talk("<audio>", text)}
+    path = write(tmp_path / "asr.jsonl", [sample])
+    data = settings(folder, mixture={path: 1.0}, num_shards=1, batch_size=1, max_clips=1)
+    batch = next(Loader(data, Processor(vita_nano(), tokenizer), objective="align"))
+    found = [tokenizer.decode([token]) for token in batch.tokens[batch.segment_ids > 0]]
+    assert found == ["这", "是", "猫", "吗", "？", " is", " it", " a", " cat", "?"]
 
 
 def test_settings_that_make_no_batch(folder):

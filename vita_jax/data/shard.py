@@ -21,7 +21,7 @@ from vita_jax.data import utterance
 from vita_jax.data.augment import Augment
 from vita_jax.data.processor import Example, Processor
 from vita_jax.data.prompts import AUDIO, IMAGE, VIDEO
-from vita_jax.data.units import Units, check_head
+from vita_jax.data.units import Units, apart, check_head
 
 MAX_SILENT = 16  # bad samples after which a row is over, so that they are reported
 MIX, SHUFFLE, SAMPLE, HELD_OUT = range(4)  # which random stream
@@ -121,8 +121,12 @@ class Reader:
         tokenizer = self.processor.tokenizer
         outside = (*tokenizer.state_ids.values(), tokenizer.eos_id)
         words = example.tokens[(example.loss_mask > 0) & ~np.isin(example.tokens, outside)]
-        if self.units is not None:
-            words = np.asarray(self.units.encode(tokenizer.decode(words)), np.int32)
+        text = tokenizer.decode(words)
+        if self.units is None:  # a token of several Han characters is rare, each of these is not
+            words = [token for piece in apart(text) for token in tokenizer.encode(piece)]
+        else:
+            words = self.units.encode(text)
+        words = np.asarray(words, np.int32)
         if len(example.audio) != 1 or not len(words):
             raise ValueError(f"{len(example.audio)} clips, {len(words)} targets; expected one clip")
         audio, aligned = self.processor.config.audio, self.objective == "align"

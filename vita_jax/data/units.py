@@ -135,6 +135,11 @@ def words(text: str) -> list[str]:
     return [word if _is_han(word) else MARK + word for word in bare if word]
 
 
+def apart(text: str) -> list[str]:
+    """`text` in pieces: each Han character, and all between two of them as it is."""
+    return [piece for piece in re.split(f"([{_HAN}])", text) if piece]
+
+
 def learn(texts: Iterable[str], size: int) -> tuple[Units, float]:
     """Units for transcripts.
 

@@ -620,8 +620,8 @@ STAGES = {
     ),
     "tenth_1_2": understood(
         "ninth_2_2",
-        {"#names": 0.25, "#qa": 0.17, "#place": 0.17, "#count": 0.15, "#move": 0.06}
-        | {"#shape": 0.04, "easy_vqa": 0.16},
+        {"#names": 0.25, "#qa": 0.15, "#place": 0.14, "#pair": 0.06, "#count": 0.15}
+        | {"#move": 0.05, "#shape": 0.04, "easy_vqa": 0.16},
         trained(1e-3, 3e-3),
         num_steps=1900,
         eyes="tenth_1_1",

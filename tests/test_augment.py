@@ -97,10 +97,10 @@ def test_gaps_are_the_mean_and_not_too_wide():
         np.testing.assert_array_equal(out[changed], mean[changed])
         most_frames, most_bins = max(most_frames, frames.sum()), max(most_bins, bins.sum())
     np.testing.assert_array_equal(banks, before)
-    assert 50 < most_frames <= 100 and 10 < most_bins <= 20
+    assert 50 < most_frames <= 80 and 10 < most_bins <= 20
     for seed in range(20):
         short = Augment().gaps(banks[:10], np.random.default_rng(seed))
-        assert (short != before[:10]).all(axis=1).sum() <= 4
+        assert (short != before[:10]).all(axis=1).sum() <= 2
 
 
 def test_only_training_is_augmented():

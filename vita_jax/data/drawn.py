@@ -319,15 +319,30 @@ def _place(draw):
         asks += [draw.ask("at", functools.partial(_noun, noun), side=side)] * 2
         asks.append(draw.fixed("there", "seen", noun=noun))
     if len(nouns) == 2:
-        one, other = nouns
-        asks += [draw.ask("see", functools.partial(talk.pair, *_in_order(nouns, sides)))] * 3
-        asks.append(draw.ask("beside", functools.partial(_noun, one), noun=other))
-        asks.append(draw.ask("beside", functools.partial(_noun, other), noun=one))
-        if set(sides) == {"left", "right"}:
-            left, right = _in_order(nouns, sides)
-            asks += [draw.ask("left_of", functools.partial(_noun, left), noun=right)] * 2
-            asks += [draw.ask("right_of", functools.partial(_noun, right), noun=left)] * 2
+        asks += _of_both(draw, nouns, sides)
     return {"image": picture}, asks
+
+
+def _pair(draw):
+    """Two things on opposite sides: which, and which is beside which."""
+    sides = draw.choose([("left", "right"), ("top", "bottom")])
+    nouns = draw.nouns(2)
+    drawings = [draw.noun(noun) for noun in nouns]
+    picture = scenes.arrange(draw.rng, drawings, sides, PX, draw.restyled)
+    return {"image": picture}, _of_both(draw, nouns, sides)
+
+
+def _of_both(draw, nouns, sides):
+    """What can be asked about one of two things by the other."""
+    one, other = nouns
+    asks = [draw.ask("see", functools.partial(talk.pair, *_in_order(nouns, sides)))] * 3
+    asks.append(draw.ask("beside", functools.partial(_noun, one), noun=other))
+    asks.append(draw.ask("beside", functools.partial(_noun, other), noun=one))
+    if set(sides) == {"left", "right"}:
+        left, right = _in_order(nouns, sides)
+        asks += [draw.ask("left_of", functools.partial(_noun, left), noun=right)] * 2
+        asks += [draw.ask("right_of", functools.partial(_noun, right), noun=left)] * 2
+    return asks
 
 
 def _noun(noun, lang):
@@ -439,5 +454,5 @@ KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
     "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
-    "spoken": _spoken, "quarters": _quarters,
+    "spoken": _spoken, "quarters": _quarters, "pair": _pair,
 }  # fmt: skip

@@ -630,9 +630,20 @@ STAGES = {
         "ninth_2_2",
         {"asr": 0.2, "asr_zh": 0.2, "asked": 0.6},
         trained(1e-3, 3e-3),
-        num_steps=8000,
+        num_steps=5000,
         seed=50,
         trainable=EARS_BUT_CONVOLUTIONS,
+    ),
+    "tenth_2_2": answered(
+        "tenth_1_2",
+        asked(
+            {"#spoken": 0.32, "#talk": 0.06, "#names": 0.1, "#place": 0.05, "#pair": 0.02}
+            | {"#count": 0.05, "#move": 0.02, "easy_vqa": 0.06, "asked": 0.16, "asr": 0.03}
+            | {"asr_zh": 0.05, "noise": 0.08},
+        ),
+        trained(7e-4, 2e-3),
+        num_steps=2500,
+        ears="tenth_2_1b",
     ),
 }
 

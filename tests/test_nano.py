@@ -160,7 +160,8 @@ def test_stages_of_the_small_model():
         "seventh_2_1b": "sixth_2_1c", "seventh_2_2": "seventh_1_2", "eighth_1_1": "seventh_2_2",
         "eighth_1_2": "seventh_2_2", "eighth_2_1b": "seventh_2_2", "eighth_2_2": "eighth_1_2",
         "ninth_1_1": "eighth_2_2", "ninth_1_2": "eighth_2_2", "ninth_2_1b": "eighth_2_2",
-        "ninth_2_1c": "ninth_2_1b", "ninth_2_2": "ninth_1_2",
+        "ninth_2_1c": "ninth_2_1b", "ninth_2_2": "ninth_1_2", "tenth_1_1": "ninth_2_2",
+        "tenth_1_2": "ninth_2_2", "tenth_2_1b": "ninth_2_2", "tenth_2_2": "tenth_1_2",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

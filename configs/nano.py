@@ -641,7 +641,7 @@ STAGES = {
             | {"#count": 0.05, "#move": 0.02, "easy_vqa": 0.06, "asked": 0.16, "asr": 0.03}
             | {"asr_zh": 0.05, "noise": 0.08},
         ),
-        trained(7e-4, 2e-3),
+        trained(1e-3, 3e-3),
         num_steps=2500,
         ears="tenth_2_1b",
     ),

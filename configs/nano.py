@@ -642,7 +642,7 @@ STAGES = {
             | {"asr_zh": 0.05, "noise": 0.08},
         ),
         trained(1e-3, 3e-3),
-        num_steps=2500,
+        num_steps=2300,
         ears="tenth_2_1b",
     ),
 }

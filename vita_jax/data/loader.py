@@ -59,7 +59,8 @@ class Loader:
           process_count: a divisor of both `data.batch_size` and `data.num_shards`.
           objective: "next_token"; "ctc" or "align": `tokens` are then the words of replies alone
             (no template, no state token, no end), all of them targets, and segment 1, 2, ... is
-            what the row's first, second, ... clip says. With `data.units` they are ids of these.
+            what the row's first, second, ... clip says. With `data.units` they are ids of these,
+            else of the tokenizer, each Han character by itself.
             "codec": rows are two pieces of a clip; "speech": words and codec tokens (see
             `utterance.py`).
 

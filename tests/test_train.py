@@ -331,7 +331,7 @@ def test_pictures_are_trained_to_be_told_from_all_captions(tmp_path):
     for name, captions in (("without", []), ("with", [f"data.captions={file}"])):
         folder = tmp_path / name
         loss[name] = run(folder, *words, *captions, name="stage1_1_vision_alignment")[0]["loss"]
-        held_out[name] = lines_of(folder, held_out=True)[-1]["held_out_loss"]
+        held_out[name] = lines_of(folder, held_out=True)[-1]["held_out_error"]
     assert loss["with"] > loss["without"] + 1  # as there is more to be told apart
     assert held_out["with"] > held_out["without"] + 0.1
 

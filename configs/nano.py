@@ -110,80 +110,50 @@ def trained(learning_rate, muon_rate, **more):
     return OptimConfig(learning_rate=learning_rate, muon_rate=muon_rate, **LATER, **more)
 
 
-def models(run, **others):
-    """The model of a run, with parts of which other runs are."""
+def leg(file, init_from, data, optim, num_steps, others=(), **more):
+    """A stage that goes on from the model of a run, with parts of which `others` are."""
     parts = {
         "eyes": "vision/.*", "audio": "audio/.*", "ears": "audio/(encoder|adapter)/.*",
         "speech": "speech/.*", "codec": "codec/.*",
     }  # fmt: skip
-    return (f"{RUNS}/{run}/model", *(f"{parts[k]}={RUNS}/{v}/model" for k, v in others.items()))
+    others = [f"{parts[part]}={RUNS}/{run}/model" for part, run in dict(others).items()]
+    init_from = (f"{RUNS}/{init_from}/model", *others)
+    return dict(file=file, init_from=init_from, data=data, optim=optim, num_steps=num_steps, **more)
 
 
 def matched(init_from, mixture, optim, num_steps, rows=8, max_tokens=320, **more):
     """A leg of stage 1.1 in which pictures are told apart by their words, without the LLM."""
     data = seen(mixture, "views-held_out", rows, max_tokens, max_tiles=8)
-    return dict(
-        file="stage1_1_vision_alignment",
-        init_from=models(init_from),
-        objective="match",
-        trainable=(r"vision/.*",),
-        data=dataclasses.replace(data, **more),
-        optim=optim,
-        num_steps=num_steps,
-    )
+    data, eyes = dataclasses.replace(data, **more), (r"vision/.*",)
+    file = "stage1_1_vision_alignment"
+    return leg(file, init_from, data, optim, num_steps, objective="match", trainable=eyes)
 
 
 def understood(init_from, mixture, optim, num_steps, trainable=PROJECTOR_AND_WORDS, **others):
     """A leg of stage 1.2 that answers questions."""
-    return dict(
-        file="stage1_2_vision_understanding",
-        init_from=models(init_from, **others),
-        trainable=trainable,
-        data=seen(mixture, rows=12, max_tokens=320, max_tiles=8),
-        optim=optim,
-        num_steps=num_steps,
-    )
+    data = seen(mixture, rows=12, max_tokens=320, max_tiles=8)
+    file = "stage1_2_vision_understanding"
+    return leg(file, init_from, data, optim, num_steps, others, trainable=trainable)
 
 
 def aligned(init_from, mixture, optim, num_steps, seed, trainable=EARS, **more):
     """A leg of stage 2.1b that embeds clips as words are: by CTC in the LLM's own tokens."""
-    return dict(
-        file="stage2_1b_speech_adapter",
-        init_from=models(init_from),
-        objective="align",
-        trainable=trainable,
-        data=dataclasses.replace(heard(mixture, batch_size=8), seed=seed, **more),
-        optim=dataclasses.replace(optim, clip_norm=5.0),
-        num_steps=num_steps,
-    )
+    data = dataclasses.replace(heard(mixture, batch_size=8), seed=seed, **more)
+    optim, file = dataclasses.replace(optim, clip_norm=5.0), "stage2_1b_speech_adapter"
+    return leg(file, init_from, data, optim, num_steps, objective="align", trainable=trainable)
 
 
 def answered(init_from, data, optim, num_steps, trainable=ADAPTERS_AND_WORDS, **others):
     """A leg of stage 2.2."""
-    return dict(
-        file="stage2_2_audio_sft",
-        init_from=models(init_from, **others),
-        trainable=trainable,
-        data=data,
-        optim=optim,
-        num_steps=num_steps,
-    )
+    file = "stage2_2_audio_sft"
+    return leg(file, init_from, data, optim, num_steps, others, trainable=trainable)
 
 
 def voiced(init_from, optim, num_steps, **others):
     """A leg of stage 3.2, from codec tokens that are named as its round is."""
-    return dict(
-        file="stage3_2_speech_decoder",
-        init_from=models(init_from, **others),
-        data=DataConfig(
-            mixture={f"{DATA}/codec_tokens_{init_from.partition('_')[0]}": 1.0},
-            batch_size=8,
-            max_tokens=384,
-            num_shards=8,
-        ),
-        optim=optim,
-        num_steps=num_steps,
-    )
+    tokens = f"{DATA}/codec_tokens_{init_from.partition('_')[0]}"
+    data = DataConfig(mixture={tokens: 1.0}, batch_size=8, max_tokens=384, num_shards=8)
+    return leg("stage3_2_speech_decoder", init_from, data, optim, num_steps, others)
 
 
 STAGES = {

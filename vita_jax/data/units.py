@@ -130,8 +130,8 @@ def words(text: str) -> list[str]:
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    apart = re.sub(f"([{_HAN}])", r" \1 ", "".join(kept)).split()
-    bare = (word.strip("'") for word in apart)
+    split = (word for piece in apart("".join(kept)) for word in piece.split())
+    bare = (word.strip("'") for word in split)
     return [word if _is_han(word) else MARK + word for word in bare if word]
 
 

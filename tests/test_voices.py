@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from vita_jax.data import voices
+from vita_jax.data import talk, voices
 from vita_jax.data.concepts import Concept
 
 CONCEPTS = [
@@ -33,11 +33,19 @@ def test_jobs():
     for _, _, voice, text, _ in asked:
         by_text.setdefault(text, set()).add(voice)
     assert len(by_text["What is this?"]) == voices.NUM_VOICES == 6
+    mixed = {lang: [job[3] for job in jobs if job[:2] == ("mixed", lang)] for lang in talk.LANGS}
+    for lang, texts in mixed.items():
+        assert len(texts) == voices.NUM_MIXED and len(set(texts)) > 0.95 * len(texts)
+        known = {text for _, tongue, _, text, _ in asked if tongue == lang}
+        assert len(set(texts) & known) < 0.05 * len(texts)  # nobody asks this
+        said = set("".join(known).lower()) | set(" ?？")
+        assert all(set(text.lower()) <= said and text[-1] in "?？" for text in texts)
+    assert all(1 < len(text.split()) <= 12 for text in mixed["en"])
     # A change of one thing leaves what others say as it was.
     fewer = voices.jobs(CONCEPTS[1:], UNSEEN)
     assert set(fewer) < set(jobs) and len(jobs) - len(fewer) == 4
     # Any beginning has some of each kind.
-    assert {job[0] for job in jobs[:40]} == {"question", "answer", "name", "sentence"}
+    assert {job[0] for job in jobs[:40]} == {"question", "answer", "name", "sentence", "mixed"}
 
 
 def test_speaks_what_is_not_there_yet(tmp_path, monkeypatch):

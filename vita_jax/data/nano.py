@@ -4,8 +4,8 @@ Goes in: packages with drawings, names, sentences and voices. Comes out, in one 
 
     concepts.json, drawings/   what can be drawn, and drawings in the styles to train on
     speech/                    clips at 24 kHz, synthesised; other_speech/ clips of other makes
-    text/ asr/ asr_zh/ asked/ noise/ held_out/    samples for the stages that do not draw theirs
-                               (`drawn.py`)
+    text/ asr/ asr_zh/ asked/ mixed/ noise/ held_out/    samples for the stages that do not draw
+                               theirs (`drawn.py`)
     eval/                      one folder of samples for each thing that is judged
     manifest.json              how many of each, and where all of it is from
 
@@ -87,6 +87,8 @@ def build(
         asked = _to_transcribe(target, place / "asked", held_out, talk.LANGS, ("question", "vqa"))
         write(place / "asked", asked)
         write(place / "noise", _unasked(target, place / "noise", held_out))
+    mixed = _to_transcribe(target, target / "mixed", False, talk.LANGS, ("mixed",))
+    write(target / "mixed", mixed)
     write(target / "easy_vqa", easy_vqa("train"))
     told = json.dumps(drawn.captions(seen), indent=0, ensure_ascii=False)
     (target / "captions.json").write_text(told + "\n", "utf-8")

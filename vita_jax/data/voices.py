@@ -50,6 +50,7 @@ VOICES["zh"] += tuple("+".join(pair) for pair in itertools.combinations(VOICES["
 NUM_OFTEN = 12  # forms of a task that are asked often; others are asked once
 NUM_VOICES = 6  # that ask each of these
 NUM_UNSEEN = 100  # sentences a language
+NUM_MIXED = 4000  # texts a language that are put together from pieces of questions
 NUM_PROMPTS = 151  # recorded ones that are held out
 
 _SLOTS = (talk.NOUNS, talk.COLOURS, talk.SIDES)
@@ -69,10 +70,12 @@ def jobs(
       (kind, language, voice, text, split) each: "question" is a form with its slots filled, of the
       first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one,
       "answer" what `talk.answers` lists and the name of each concept, "name" the same by a voice
-      that does not answer, "sentence" one of `unseen`, of which `NUM_UNSEEN` are taken. The split
-      is "train", "held_out" (the voice) or "unseen" (the text).
+      that does not answer, "sentence" one of `unseen`, of which `NUM_UNSEEN` are taken, "mixed"
+      pieces of questions: what hears only these soon knows them by heart. The split is "train",
+      "held_out" (the voice) or "unseen" (the text).
     """
-    queues = {kind: [] for kind in ("question", "held_out", "answer", "name", "sentence")}
+    kinds = ("question", "held_out", "answer", "name", "sentence", "mixed")
+    queues = {kind: [] for kind in kinds}
     concepts, unseen = list(concepts), sorted(unseen)
     for lang in talk.LANGS:
         for held_out in (False, True):
@@ -90,6 +93,11 @@ def jobs(
                     for voice in HELD_OUT[lang] if often or held_out else ():
                         text = _filled(form, lang, rng)
                         queues["held_out"].append(("question", lang, voice, text, "held_out"))
+        trained = [form for task in talk.FORMS for form in talk.forms(task, lang, False)]
+        for number in range(NUM_MIXED):
+            rng = _generator(seed, lang, number)
+            voice, text = str(rng.choice(VOICES[lang])), _mixed(trained, lang, rng)
+            queues["mixed"].append(("mixed", lang, voice, text, "train"))
         named = [talk.name(concept.en, concept.zh, lang) for concept in concepts]
         for text in dict.fromkeys(talk.answers(lang) + named):
             queues["answer"].append(("answer", lang, ANSWERS[lang], text, "train"))
@@ -125,6 +133,21 @@ def _filled(form, lang, rng):
     """A form with a noun, a colour and a side drawn."""
     noun, colour, side = (str(rng.choice(list(words))) for words in _SLOTS)
     return talk.fill(form, lang, noun, colour, side)
+
+
+def _mixed(forms, lang, rng):
+    """Pieces of up to four words, or Mandarin characters, of two or three forms, as a question."""
+    space = " " if lang == "en" else ""
+    pieces = []
+    for _ in range(rng.integers(2, 4)):
+        text = re.sub(r"[?.,:？。，：]", " ", _filled(forms[rng.integers(len(forms))], lang, rng))
+        text = text if re.match(r"I\b", text) else text[0].lower() + text[1:]
+        words = text.split() if space else list(text.replace(" ", ""))
+        length = rng.integers(1 if space else 2, 5)
+        first = rng.integers(max(1, len(words) - length + 1))
+        pieces += words[first : first + length]
+    text = space.join(pieces)
+    return text[0].upper() + text[1:] + ("?" if space else "？")
 
 
 def speak(

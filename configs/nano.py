@@ -616,8 +616,8 @@ STAGES = {
         trainable=(*PROJECTOR_AND_WORDS, r"audio/prompts"),
         ears="tenth_2_1b",
     ),
-    # In the eleventh, the LLM reads a fifth more forms of questions and tells the vision encoder what
-    # it still takes for another thing.
+    # In the eleventh, the LLM reads a fifth more forms of questions, the vision encoder learns from
+    # its answers again, and the audio encoder hears what nobody asks.
     "eleventh_1_2": understood(
         "tenth_2_2",
         {"#names": 0.33, "#qa": 0.13, "#place": 0.13, "#pair": 0.04, "#count": 0.17}
@@ -641,9 +641,9 @@ STAGES = {
             | {"#count": 0.06, "#move": 0.01, "easy_vqa": 0.05, "asked": 0.12, "mixed": 0.14}
             | {"asr": 0.03, "asr_zh": 0.05, "noise": 0.07},
         ),
-        trained(1e-3, 3e-3),
-        num_steps=2600,
-        trainable=(*PROJECTOR_AND_WORDS, r"audio/prompts"),
+        trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
+        num_steps=2400,
+        trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="eleventh_2_1b",
     ),
 }

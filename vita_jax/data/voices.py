@@ -71,10 +71,10 @@ def jobs(
       first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one,
       "answer" what `talk.answers` lists and the name of each concept, "name" the same by a voice
       that does not answer, "sentence" one of `unseen`, of which `NUM_UNSEEN` are taken, "mixed"
-      pieces of questions: what hears only these soon knows them by heart. The split is "train",
-      "held_out" (the voice) or "unseen" (the text).
+      pieces of trained questions in any order, as whole ones are soon known by heart. The split is
+      "train", "held_out" (the voice) or "unseen" (the text).
     """
-    kinds = ("question", "held_out", "answer", "name", "sentence", "mixed")
+    kinds = ("question", "held_out", "mixed", "answer", "name", "sentence")
     queues = {kind: [] for kind in kinds}
     concepts, unseen = list(concepts), sorted(unseen)
     for lang in talk.LANGS:

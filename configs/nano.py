@@ -646,16 +646,6 @@ STAGES = {
         trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="eleventh_2_1b",
     ),
-    "eleventh_2_2b": answered(  # on, with more that is spoken and that asks nothing
-        "eleventh_2_2",
-        asked(
-            {"#spoken": 0.36, "#talk": 0.05, "#names": 0.18, "#place": 0.05, "#count": 0.06}
-            | {"easy_vqa": 0.03, "asked": 0.06, "mixed": 0.05, "asr_zh": 0.03, "noise": 0.13},
-        ),
-        trained(7e-4, 2e-3),
-        num_steps=560,
-        trainable=(*PROJECTOR_AND_WORDS, r"audio/prompts"),
-    ),
 }
 
 

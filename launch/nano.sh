@@ -79,9 +79,9 @@ for stage in tenth_1_1 tenth_1_2 tenth_2_1b tenth_2_2; do
 done
 
 # The eleventh learns to see from answers, too, and to hear what nobody asks.
-for stage in eleventh_1_2 eleventh_2_1b eleventh_2_2 eleventh_2_2b; do
+for stage in eleventh_1_2 eleventh_2_1b eleventh_2_2; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/eleventh_2_2b/model build/nano/model
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/eleventh_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
 .venv/bin/vita eval nano build/nano/model --data $data --before $runs/eleventh_1_2/model --out build/nano/eval

@@ -646,6 +646,22 @@ STAGES = {
         trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="eleventh_2_1b",
     ),
+    "twelfth_1_2": understood(
+        "eleventh_2_2",
+        {"#names": 0.38, "#qa": 0.09, "#place": 0.13, "#pair": 0.03, "#count": 0.19}
+        | {"#move": 0.03, "#shape": 0.02, "easy_vqa": 0.06, "#repeat": 0.07},
+        trained(1e-3, 3e-3),
+        num_steps=1700,
+        trainable=EYES_AND_WORDS,
+    ),
+    "twelfth_2_1b": aligned(
+        "eleventh_2_2",
+        {"asr": 0.1, "asr_zh": 0.08, "asked": 0.27, "mixed": 0.55},
+        trained(1e-3, 3e-3),
+        num_steps=5400,
+        seed=52,
+        trainable=EARS_BUT_CONVOLUTIONS,
+    ),
 }
 
 
@@ -658,13 +674,14 @@ def get_config(stage):
     units = NUM_UNITS * stage.endswith("2_1a")
     first = list(STAGES).index("2_1b")  # of the stages with trained prompts
     prompts = PROMPTS * (list(STAGES).index(stage) >= first)
-    audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units)
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
-    # them, which leaves it little to say about them. From the sixth round on they are shorter.
-    rounds = ("sixth", "seventh", "eighth", "ninth", "tenth", "eleventh")
-    shorter = 1 / 16 if stage.startswith(rounds) else 1
-    scale = model.vision.embeddings_scale * shorter
+    # them, which leaves it little to say about them. From the sixth round on they are shorter, and
+    # those of sound are aligned with those of words.
+    rounds = ("sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth")
+    later = stage.startswith(rounds)
+    scale = model.vision.embeddings_scale * (1 / 16 if later else 1)
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)
+    audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units, aligned=later)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, vision=vision, audio=audio),

@@ -89,7 +89,8 @@ def examined(replies, before=None, **more):
             said = [replies[turn.text] for turn in turns]
             return [(states.get(x[:1]), x[1:] if x[:1] in states else x) for x in said]
 
-        return types.SimpleNamespace(write=write, **more)
+        config = types.SimpleNamespace(audio=types.SimpleNamespace(aligned=False))
+        return types.SimpleNamespace(write=write, config=config, **more)
 
     return exam.Exam(
         stand_in(replies),
@@ -135,10 +136,16 @@ def test_transcripts():
     it = examined({"a": "☞It's A black cat", "b": "☞ this is Dog!", "c": "☞这是一只黑猫", "d": "☞"})
     asked = samples(("a", "It's a cat."), ("b", "This is a dog."))
     values, _ = exam.transcribed("en")(it, "asr_human", asked)
-    assert values == {"WER %": pytest.approx(100 * 2 / 7)}
+    assert values == dict.fromkeys(("WER %", "asked: WER %"), pytest.approx(100 * 2 / 7))
     asked = samples(("c", "这是一只猫。"), ("d", "你好！"))
     values, _ = exam.transcribed("zh")(it, "asr_domain_zh", asked)
-    assert values == {"CER %": pytest.approx(100 * 3 / 7)}
+    assert values == dict.fromkeys(("CER %", "asked: CER %"), pytest.approx(100 * 3 / 7))
+    # A model that can be read says two things: what it heard, and what it answers.
+    it.engine.config.audio.aligned = True
+    it.engine.transcribe = {None: "这是一只。"}.get
+    values, records = exam.transcribed("zh")(it, "asr_domain_zh", asked[:1])
+    assert values == {"CER %": pytest.approx(20), "asked: CER %": pytest.approx(20)}
+    assert (records[0]["got"], records[0]["asked"]) == ("这是一只。", "这是一只黑猫")
 
 
 def test_state_tokens():

@@ -23,6 +23,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita demo build/nano                              three questions and their answers
   vita init vita_nano build/nano                    a small model with random weights
   vita chat build/nano --image cat.jpg --audio question.wav --out reply.wav
+  vita transcribe question.wav                      what a recording says
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita quantize checkpoints/vita checkpoints/int8   a checkpoint at a quarter of its size
   vita compile checkpoints/vita                     its programs, so that first replies are quick
@@ -130,6 +131,23 @@ With --interactive, type a line to ask; /image F, /video F and /audio F add to t
     )
     chat.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
     chat.add_argument("--seed", type=int, default=0, help="the same seed draws the same reply")
+
+    transcribe = verb(
+        "transcribe",
+        _transcribe,
+        "write down what recordings say, word for word",
+        """
+
+A line for each recording, as soon as it is heard. The words are read off what it is embedded as;
+the model must have been trained for that, by stage 2.1b with objective="align".""",
+    )
+    transcribe.add_argument("audio", nargs="+", metavar="F", help="recording: wav, flac, mp3, ...")
+    transcribe.add_argument(
+        "--checkpoint",
+        metavar="CKPT",
+        default=str(SHIPPED),
+        help="folder of the model (default: the one shipped)",
+    )
 
     demo = verb(
         "demo",
@@ -566,6 +584,17 @@ def _ask():
             print(f"{line}: expected /image F, /audio F, /video F or /quit")
         elif line or any(turn.values()):
             return turn | {"text": line or None}
+
+
+def _transcribe(args):
+    from vita_jax import load
+    from vita_jax.infer.engine import keep_compiled
+
+    _check_shipped(args.checkpoint)
+    keep_compiled()
+    engine = load(args.checkpoint)
+    for file in args.audio:
+        print(f"{file}: {engine.transcribe(file)}", flush=True)
 
 
 def _demo(args):

@@ -73,6 +73,7 @@ class AudioConfig:
     adapter_dim: int
     out_dim: int
     num_prompts: int = 0  # trained embeddings put in front of every clip
+    aligned: bool = False  # whether the other embeddings are near words (objective "align")
     num_units: int = 0  # of the CTC head, the blank included; 0: no head (stage 2.1a alone has one)
     adapter_kernel: int = 5
     max_positions: int = 5000

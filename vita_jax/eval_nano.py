@@ -77,6 +77,10 @@ def _codec_figures(stoi):
     return dict.fromkeys(_CODEC) | {"STOI": Bar(stoi)} | opus
 
 
+def _written(figure, bar=None):
+    return {figure: bar and Bar(bar, at_most=True), f"asked: {figure}": None}
+
+
 _HEARD = {"written: right %": None, "spoken: right %": None, "points lost": Bar(5, at_most=True)}
 _TOKEN = {"state token right %": Bar(95)}
 
@@ -95,17 +99,15 @@ SETS = {
     "look": Set("counting, place, movement", exam.together, {"exact %": Bar(85)}, LOOKING),
     "spoken_en": Set("spoken question, English", exam.aloud, _HEARD),
     "spoken_zh": Set("spoken question, Mandarin", exam.aloud, _HEARD),
-    "asr_domain_en": Set(
-        "ASR, domain, English", exam.transcribed("en"), {"WER %": Bar(10, at_most=True)}
+    "asr_domain_en": Set("ASR, domain, English", exam.transcribed("en"), _written("WER %", 10)),
+    "asr_domain_zh": Set("ASR, domain, Mandarin", exam.transcribed("zh"), _written("CER %", 10)),
+    "asr_sentences_en": Set(
+        "ASR, new sentences, English", exam.transcribed("en"), _written("WER %")
     ),
-    "asr_domain_zh": Set(
-        "ASR, domain, Mandarin", exam.transcribed("zh"), {"CER %": Bar(10, at_most=True)}
-    ),
-    "asr_sentences_en": Set("ASR, new sentences, English", exam.transcribed("en"), {"WER %": None}),
     "asr_sentences_zh": Set(
-        "ASR, new sentences, Mandarin", exam.transcribed("zh"), {"CER %": None}
+        "ASR, new sentences, Mandarin", exam.transcribed("zh"), _written("CER %")
     ),
-    "asr_human": Set("ASR, human prompts", exam.transcribed("en"), {"WER %": None}),
+    "asr_human": Set("ASR, human prompts", exam.transcribed("en"), _written("WER %")),
     "say_en": Set(
         "spoken answer, English", exam_voice.said("en"), {"WER %": Bar(15, at_most=True)}
     ),

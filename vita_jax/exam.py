@@ -181,16 +181,25 @@ def aloud(exam, name, samples):
 
 
 def transcribed(lang):
-    """A scoring function: word errors of English ("en"), character errors of Mandarin ("zh")."""
+    """A scoring function: word errors of English ("en"), character errors of Mandarin ("zh"), of
+    what the model transcribes, and of what it writes if it is asked to. If it does not transcribe
+    (`AudioConfig.aligned`), what it writes counts as both.
+    """
     figure, split = {
         "en": ("WER %", evaluate.spelt_words),
         "zh": ("CER %", evaluate.characters),
     }[lang]
 
     def score(exam, name, samples):
-        said = exam.ask([turn(sample) for sample in samples], "transcript", name)
-        records = [record(x, got=text, state=state) for x, (state, text) in zip(samples, said)]
-        return {figure: errors(records, split)}, records
+        turns = [turn(sample) for sample in samples]
+        said = [text for _, text in exam.ask(turns, "transcript", name)]
+        read = exam.engine.config.audio.aligned
+        got = [exam.engine.transcribe(x.audio) for x in exam.track(turns, name)] if read else said
+        records = [record(x, got=a, asked=b) for x, a, b in zip(samples, got, said)]
+        return {
+            figure: errors(records, split),
+            f"asked: {figure}": errors([x | {"got": x["asked"]} for x in records], split),
+        }, records
 
     return score
 

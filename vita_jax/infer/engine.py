@@ -267,6 +267,22 @@ class Engine:
         replies = [list(self._events(session))[-1].reply for session in sessions]
         return [(reply.state, reply.text) for reply in replies]
 
+    def transcribe(self, audio) -> str:
+        """What a clip says, word for word: read off its embeddings, without the LLM.
+
+        Args:
+          audio: a file, or (samples, rate in Hz).
+
+        Raises:
+          FileNotFoundError, ValueError: a sound that cannot be used, or one that is longer or
+            shorter than the model can hear.
+          ValueError: the model does not embed what it hears as words (`AudioConfig.aligned`).
+        """
+        from vita_jax.infer.transcribe import transcribe
+
+        with self._on_mesh():
+            return transcribe(self, audio)
+
     def _push(self, session, turn):
         """A whole turn."""
         try:

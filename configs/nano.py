@@ -646,12 +646,13 @@ STAGES = {
         trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="eleventh_2_1b",
     ),
+    # The twelfth goes on with both, and has more noise.
     "twelfth_1_2": understood(
         "eleventh_2_2",
-        {"#names": 0.38, "#qa": 0.09, "#place": 0.13, "#pair": 0.03, "#count": 0.19}
-        | {"#move": 0.03, "#shape": 0.02, "easy_vqa": 0.06, "#repeat": 0.07},
-        trained(1e-3, 3e-3),
-        num_steps=1700,
+        {"#names": 0.41, "#qa": 0.1, "#place": 0.14, "#pair": 0.03, "#count": 0.2}
+        | {"#move": 0.03, "#shape": 0.02, "easy_vqa": 0.07},
+        trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
+        num_steps=1300,
         trainable=EYES_AND_WORDS,
     ),
     "twelfth_2_1b": aligned(
@@ -661,6 +662,18 @@ STAGES = {
         num_steps=5400,
         seed=52,
         trainable=EARS_BUT_CONVOLUTIONS,
+    ),
+    "twelfth_2_2": answered(
+        "twelfth_1_2",
+        asked(
+            {"#spoken": 0.26, "#talk": 0.04, "#names": 0.13, "#place": 0.05, "#pair": 0.01}
+            | {"#count": 0.06, "#move": 0.01, "easy_vqa": 0.04, "asked": 0.08, "mixed": 0.15}
+            | {"asr": 0.02, "asr_zh": 0.02, "noise": 0.13},
+        ),
+        trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
+        num_steps=2100,
+        trainable=(*EYES_AND_WORDS, r"audio/prompts"),
+        ears="twelfth_2_1b",
     ),
 }
 

@@ -82,6 +82,11 @@ done
 for stage in eleventh_1_2 eleventh_2_1b eleventh_2_2; do
     train $stage $runs/$stage
 done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/eleventh_2_2/model build/nano/model
+
+# The twelfth goes on with both, and has more noise.
+for stage in twelfth_1_2 twelfth_2_1b twelfth_2_2; do
+    train $stage $runs/$stage
+done
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/twelfth_2_2/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/eleventh_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/twelfth_1_2/model --out build/nano/eval

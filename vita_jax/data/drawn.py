@@ -13,7 +13,6 @@ import functools
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,9 +33,6 @@ KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
 }  # fmt: skip
-REPEAT = {  # words, before or behind what is to be done with them, as a clip stands before it
-    "en": ("Repeat: {}", "{} Write down what you hear."), "zh": ("重复：{}", "{}请写下你听到的。"),
-}  # fmt: skip
 TURNS = {  # least, most
     "captions": (1, 1), "views": (1, 1), "mosaics": (1, 1), "labels": (1, 1), "names": (2, 2),
     "quarters": (4, 4),
@@ -56,10 +52,9 @@ class DrawnSource:
     the number, side or colour of a thing, or a shape; `captions` lists what all these say. "names"
     asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS` lists, about one
     thing or several, shapes, clips in which something moves, and nothing at all; "spoken" are of
-    both kinds; "repeat" has words to copy and no picture; the others (`KINDS` has them) are parts
-    of "qa". Those of `SPOKEN` begin with a question that recordings ask, if `TRIES` draws find one.
-    Held-out samples have the forms that are not trained on, recordings of other voices, and
-    drawings of the main styles as they are.
+    both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a
+    question that recordings ask, if `TRIES` draws find one. Held-out samples have the forms that
+    are not trained on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -432,29 +427,6 @@ def _talk(draw):
     return {}, [chat] * 6 + [draw.fixed(task, "no_picture", **slots) for task in tasks]
 
 
-def _repeat(draw):
-    """Words in any order, to be written down: each can be told from these alone, and not from what
-    stands before it, so that the LLM learns to copy.
-    """
-
-    def repeat(lang):
-        number = draw.rng.integers(2, 10)
-        said = (" " if lang == "en" else "").join(draw.rng.choice(_words(lang), number))
-        return draw.choose(REPEAT[lang]).format(said), said
-
-    return {}, [repeat]
-
-
-@functools.cache
-def _words(lang):
-    """All words of questions in English, all characters in Mandarin."""
-    forms = [form for task in talk.FORMS for form in talk.forms(task, lang, held_out=False)]
-    forms += [question for question, _ in talk.small_talk(lang, held_out=False)]
-    forms += [noun if lang == "en" else zh for noun, (_, zh, _) in talk.NOUNS.items()]
-    pattern = r"[A-Za-z][A-Za-z']*" if lang == "en" else r"[\u4e00-\u9fff]"
-    return sorted(set(re.findall(pattern, re.sub("{.*?}", " ", " ".join(forms)))))
-
-
 SHARES = {
     _one: 0.22,
     _count: 0.18,
@@ -482,5 +454,5 @@ KINDS = {
     "captions": _captions, "names": _names, "qa": _qa, "one": _one, "count": _count,
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
     "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
-    "spoken": _spoken, "quarters": _quarters, "pair": _pair, "repeat": _repeat,
+    "spoken": _spoken, "quarters": _quarters, "pair": _pair,
 }  # fmt: skip

@@ -295,6 +295,28 @@ def write(
         (new / "config.json").write_text(sizes, encoding="utf-8")
 
 
+def rewrite(folder, target, config, tensors, values, made) -> dict:
+    """Writes a checkpoint folder again with other weights.
+
+    Args:
+      folder: what all else is taken from.
+      target, config, tensors, values: as for `write`.
+      made: what to add to the provenance.
+
+    Returns:
+      The provenance as written.
+    """
+    folder = Path(folder)
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8")) | made
+    licence = (folder / "LICENSE.txt").read_text(encoding="utf-8")
+    units = ctc.Units.load(folder / ctc.FILE) if (folder / ctc.FILE).is_file() else None
+    source = folder / "source"
+    small = [(f.relative_to(source), f) for f in source.rglob("*") if f.is_file()]
+    parts = (Tokenizer.load(folder), provenance, licence, small, units)
+    write(target, config, tensors, values, *parts)
+    return provenance
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """A folder to write in. It is named `folder` when the block ends, removed if that is an error.

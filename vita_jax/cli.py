@@ -26,6 +26,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita transcribe question.wav                      what a recording says
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita quantize checkpoints/vita checkpoints/int8   a checkpoint at a quarter of its size
+  vita average DST runs/1_2/model runs/2_2/model    the mean of models
   vita compile checkpoints/vita                     its programs, so that first replies are quick
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
@@ -235,6 +236,21 @@ trained from it is float32 again.""",
     )
     quantize.add_argument("source", metavar="CKPT", help="checkpoint folder")
     quantize.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
+
+    average = verb(
+        "average",
+        _average,
+        "the mean of checkpoints, one trained on from the other: often better than either",
+        """
+
+All but the weights is taken from the first. Leave parts as they are in it with --only:
+vita average DST runs/2_2/model runs/1_2/model --only 'vision/.*|llm/.*'""",
+    )
+    average.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
+    average.add_argument("checkpoints", nargs="+", metavar="CKPT", help="two or more folders")
+    average.add_argument(
+        "--only", default=".*", metavar="REGEX", help="of the parameters to average (default: all)"
+    )
 
     train = verb(
         "train",
@@ -697,6 +713,13 @@ def _quantize(args):
         f"{args.target}: {sizes[1]:.1f} MB of {sizes[0]:.1f}. Try: vita chat {args.target} "
         "--text hello"
     )
+
+
+def _average(args):
+    from vita_jax.average import average
+
+    average(args.checkpoints, args.target, args.only)
+    print(f"{args.target}: the mean of {len(args.checkpoints)}. Try: vita chat {args.target}")
 
 
 def _train(args):

@@ -11,7 +11,6 @@ Read next: `checkpoint.py`.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -20,8 +19,6 @@ import numpy as np
 
 from vita_jax import checkpoint
 from vita_jax import params as trees
-from vita_jax.data import units as ctc
-from vita_jax.data.tokenizer import Tokenizer
 from vita_jax.models import vita
 
 _SMALL = 1024  # of fewer numbers nothing is won
@@ -72,20 +69,13 @@ def quantize(folder, target) -> dict:
                         yield path + checkpoint.SCALE, layer, scales
                     yield path, layer, value
 
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    provenance["quantized"] = {
+    made = {
         "made_by": "vita quantize",
         "from": folder.resolve().name,
         "int8": f"{sum(map(bool, sharing.values()))} weights, a scale for each output channel",
         "bfloat16": "weights of the codec",
     }
-    licence = (folder / "LICENSE.txt").read_text(encoding="utf-8")
-    units = ctc.Units.load(folder / ctc.FILE) if (folder / ctc.FILE).is_file() else None
-    source = folder / "source"
-    small = [(f.relative_to(source), f) for f in source.rglob("*") if f.is_file()]
-    parts = (Tokenizer.load(folder), provenance, licence, small, units)
-    checkpoint.write(target, config, tensors, values(), *parts)
-    return provenance
+    return checkpoint.rewrite(folder, target, config, tensors, values(), {"quantized": made})
 
 
 def to_int8(values, axes, name: str) -> tuple[np.ndarray, np.ndarray]:

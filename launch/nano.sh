@@ -20,6 +20,12 @@ train() { # STAGE WORKDIR
 tokens() { # CODEC SPLIT TARGET
     .venv/bin/vita data codec-tokens "$1/model" "$data/speech#$2" "$data/$3"
 }
+mean() { # TARGET RUN...: what sees, what answers, and what tells it of sound; all else of the first
+    local target=$runs/$1/model
+    shift
+    [ -e $target ] || .venv/bin/vita average $target $(printf "$runs/%s/model " "$@") \
+        --only 'vision/.*|llm/.*|audio/prompts'
+}
 answering=train:af_heart,zf_xiaoxiao # the two voices that answer
 
 for stage in 0 1_1 1_2 1_2b 1_2c 1_2d 1_3 2_1a 2_1b 2_2 3_1 3_1b 3_1c; do
@@ -83,10 +89,12 @@ for stage in eleventh_1_2 eleventh_2_1b eleventh_2_2; do
     train $stage $runs/$stage
 done
 
-# The twelfth goes on with both, and has more noise.
-for stage in twelfth_1_2 twelfth_2_1b twelfth_2_2; do
-    train $stage $runs/$stage
-done
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/twelfth_2_2/model build/nano/model
+# The twelfth goes on with both, has more noise, and takes means of models.
+train twelfth_1_2 $runs/twelfth_1_2
+train twelfth_2_1b $runs/twelfth_2_1b
+mean twelfth_mean twelfth_1_2 eleventh_2_2
+train twelfth_2_2 $runs/twelfth_2_2
+mean twelfth twelfth_2_2 twelfth_mean
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/twelfth/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/twelfth_1_2/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/twelfth_mean/model --out build/nano/eval

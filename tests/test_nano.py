@@ -163,7 +163,8 @@ def test_stages_of_the_small_model():
         "ninth_2_1c": "ninth_2_1b", "ninth_2_2": "ninth_1_2", "tenth_1_1": "ninth_2_2",
         "tenth_1_2": "ninth_2_2", "tenth_2_1b": "ninth_2_2", "tenth_2_2": "tenth_1_2",
         "eleventh_1_2": "tenth_2_2", "eleventh_2_1b": "tenth_2_2", "eleventh_2_2": "eleventh_1_2",
-        "twelfth_1_2": "eleventh_2_2", "twelfth_2_1b": "eleventh_2_2", "twelfth_2_2": "twelfth_1_2",
+        "twelfth_1_2": "eleventh_2_2", "twelfth_2_1b": "eleventh_2_2",
+        "twelfth_2_2": "twelfth_mean",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

@@ -17,7 +17,8 @@ ORDER = (
     "config batch sharding params models|data losses codec_losses codebooks optim checkpoint "
     "quantize|average tables release_config release lora flops infer codec_tokens evaluate "
     "train_log train_state feed objectives train aot peer peer_programs bench bench_programs "
-    "bench_chat bench_formats exam exam_voice eval_nano bench_all serve plot attend demo cli __main__"
+    "bench_chat bench_formats exam exam_voice eval_nano bench_all serve plot attend "
+    "demo cli __main__"
 ).split()
 LEVEL = {name: i for i, names in enumerate(ORDER) for name in names.split("|")}
 

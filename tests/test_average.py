@@ -61,6 +61,7 @@ def test_refused(folders, tmp_path, capsys):
         ([one], "give two or more"),
         ([one, str(tmp_path / "deep")], "deep: other sizes than"),
         ([one, str(folders[1]), "--only", "ears"], "--only ears: matches no parameter"),
+        ([one, str(folders[1]), "--only", "llm("], "--only llm(: no regular expression"),
         ([one, str(tmp_path / "none")], "none"),
     ):
         assert cli.main(["average", target, *words]) == 2

@@ -29,7 +29,8 @@ def average(folders, target, only: str = ".*") -> None:
 
     Raises:
       FileNotFoundError, ValueError: as `checkpoint.open_folder`; a single folder, one of other
-        sizes than the first, no parameter that `only` matches, a target in use.
+        sizes than the first, an `only` that is no regular expression or matches no parameter, a
+        target in use.
     """
     first, *others = folders = [Path(folder) for folder in folders]
     if not others:
@@ -42,7 +43,10 @@ def average(folders, target, only: str = ".*") -> None:
         found = {p: s.shape for p, s in trees.flatten(vita.param_shapes(other)).items()}
         if found != {p: s.shape for p, s in tensors.items()}:
             raise ValueError(f"{folder}: other sizes than {first}; give checkpoints of one model")
-    chosen = {path for path in boxed if re.fullmatch(only, path)}
+    try:
+        chosen = {path for path in boxed if re.fullmatch(only, path)}
+    except re.error as error:
+        raise ValueError(f"--only {only}: no regular expression ({error}); mend it") from error
     if not chosen:
         raise ValueError(f"--only {only}: matches no parameter; one is named {next(iter(boxed))}")
 

@@ -164,7 +164,8 @@ def test_stages_of_the_small_model():
         "tenth_1_2": "ninth_2_2", "tenth_2_1b": "ninth_2_2", "tenth_2_2": "tenth_1_2",
         "eleventh_1_2": "tenth_2_2", "eleventh_2_1b": "tenth_2_2", "eleventh_2_2": "eleventh_1_2",
         "twelfth_1_2": "eleventh_2_2", "twelfth_2_1b": "eleventh_2_2",
-        "twelfth_2_2": "twelfth_mean",
+        "twelfth_2_2": "twelfth_mean", "thirteenth_1_2": "thirteenth_start",
+        "thirteenth_2_1b": "thirteenth_start", "thirteenth_2_2": "thirteenth_mean",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

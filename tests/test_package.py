@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file imports only what stands to its left; `models` and `data` never import each other.
 ORDER = (
     "config batch sharding params models|data losses codec_losses codebooks optim checkpoint "
-    "quantize|average tables release_config release lora flops infer codec_tokens evaluate "
+    "quantize|average deepen tables release_config release lora flops infer codec_tokens evaluate "
     "train_log train_state feed objectives train aot peer peer_programs bench bench_programs "
     "bench_chat bench_formats exam exam_voice eval_nano bench_all serve plot attend "
     "demo cli __main__"

@@ -1,6 +1,7 @@
 """Speech for the small model: what is to be said by whom, and that it is said once."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -142,3 +143,30 @@ def test_recorded_prompts_are_split_by_text(tmp_path):
     assert json.dumps(sorted(held_out)) == json.dumps(
         sorted({text for text, _, _, split in voices.prompts(tmp_path) if split == "held_out"})
     )
+
+
+def test_when_words_are_said():
+    sounds = {"what": "wʌt", "of": "ʌv", "the": "ðə", "cat": "kæt", "going": "ɡəʊɪŋ", "to": "tə"}
+    timing = object.__new__(voices.Timing)
+
+    def symbols(text, lang):
+        text = "".join(sounds.get(part, part) for part in re.split(r"(\W)", text.lower()))
+        merged = text.replace("ʌv ðə", "ʌvðə").replace("ɡəʊɪŋ tə", "ɡənə")  # as one word; shorter
+        return list(merged.replace("k", "ˈk"))
+
+    timing._symbols = symbols
+    timing._run = lambda symbols, voice: np.array([4.0, *(2.0 for _ in symbols), 6.0])
+    unit, lead = voices.DURATION_S, voices.LEAD_S
+    words, at = timing("What of the cat?", "en", "af_bella")
+    assert words == ["what", "of", "the", "cat"]
+    # Symbols: 3 of "what", a space, 4 of "of the" as one word, a space, stress and 3 of "cat".
+    frames = [4, 4 + 2 * 3.5, 4 + 2 * 6, 4 + 2 * 8.5, 4 + 2 * 13]
+    np.testing.assert_allclose(at, unit * np.array(frames) - lead, atol=1e-4)
+    words, at = timing("Going to the cat?", "en", "af_bella")
+    assert [second is None for second in at] == [False, True, False, False, False]
+    timing._symbols = lambda text, lang: list(
+        "".join({"猫": "mau→", "呢": "nɤ"}.get(c, c) for c in text)
+    )
+    words, at = timing("猫呢？", "zh", "zm_yunxi")
+    assert words == ["猫", "呢"]
+    np.testing.assert_allclose(at, unit * np.array([4, 12, 16]) - lead, atol=1e-4)

@@ -27,6 +27,7 @@ VITA-1.5 in JAX: see (pictures, video), hear (speech), read, and answer in text 
   vita convert RELEASE_FOLDER checkpoints/vita      the published weights in our layout
   vita quantize checkpoints/vita checkpoints/int8   a checkpoint at a quarter of its size
   vita average DST runs/1_2/model runs/2_2/model    the mean of models
+  vita deepen runs/2_1b/model deeper audio=12       more layers, the same answers
   vita compile checkpoints/vita                     its programs, so that first replies are quick
   vita train configs/stage0_text.py --workdir runs/s0 --tiny
   vita plot runs/s0 --out curves.png                the curves of runs
@@ -251,6 +252,22 @@ vita average DST runs/2_2/model runs/1_2/model --only 'vision/.*|llm/.*'""",
     average.add_argument(
         "--only", default=".*", metavar="REGEX", help="of the parameters to average (default: all)"
     )
+
+    deepen = verb(
+        "deepen",
+        _deepen,
+        "a checkpoint with more layers that computes the same, to train it on",
+        """
+
+Some layers are followed by copies that add nothing until they are trained:
+vita deepen runs/2_2/model runs/deeper/model vision=9 audio=12""",
+    )
+    deepen.add_argument("checkpoint", metavar="SRC", help="checkpoint folder")
+    deepen.add_argument("target", metavar="DST", help="folder to write; must not exist yet")
+    deepen.add_argument(
+        "num_layers", nargs="+", metavar="PART=LAYERS",
+        help="vision, audio or llm, and the layers it shall have, at most twice as many as it has",
+    )  # fmt: skip
 
     train = verb(
         "train",
@@ -720,6 +737,19 @@ def _average(args):
 
     average(args.checkpoints, args.target, args.only)
     print(f"{args.target}: the mean of {len(args.checkpoints)}. Try: vita chat {args.target}")
+
+
+def _deepen(args):
+    from vita_jax.deepen import deepen
+
+    num_layers = {}
+    for word in args.num_layers:
+        part, _, layers = word.partition("=")
+        if not layers.isdecimal():
+            raise ValueError(f"{word}: write PART=LAYERS, as in audio=12")
+        num_layers[part] = int(layers)
+    deepen(args.checkpoint, args.target, num_layers)
+    print(f"{args.target}: deeper. Train on from it with init_from={args.target}")
 
 
 def _train(args):

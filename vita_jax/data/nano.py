@@ -3,9 +3,10 @@
 Goes in: packages with drawings, names, sentences and voices. Comes out, in one folder:
 
     concepts.json, drawings/   what can be drawn, and drawings in the styles to train on
-    speech/                    clips at 24 kHz, synthesised; other_speech/ clips of other makes
+    speech/                    clips at 24 kHz, synthesised, and when each word is said;
+                               other_speech/ clips of other makes
     text/ asr/ asr_zh/ asked/ mixed/ noise/ held_out/    samples for the stages that do not draw
-                               theirs (`drawn.py`)
+                               theirs (`drawn.py`) or put them together (`splice.py`)
     eval/                      one folder of samples for each thing that is judged
     manifest.json              how many of each, and where all of it is from
 
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vita_jax.data import concepts as drawings
-from vita_jax.data import drawn, judged, talk, voices
+from vita_jax.data import drawn, judged, splice, talk, voices
 from vita_jax.data.audio import SAMPLE_RATE_HZ, read_audio, write_wav
 from vita_jax.data.concepts import Concept
 from vita_jax.data.prompts import ASSISTANT, SYSTEM, SYSTEM_PROMPTS, USER
@@ -254,6 +255,7 @@ def _speak(target, packages, seen, bank, minutes, progress):
                         waveform, voices.RATE_HZ)  # fmt: skip
     wanted = voices.jobs(seen, sentences([3]))
     collections.deque(voices.speak(wanted, speech, packages, minutes, progress), 0)
+    splice.write_cuts(speech, packages, progress)
     rng = np.random.default_rng(1)
     said = sorted({(row["kind"], row["text"]) for row in voices.clips(speech)
                    if row["lang"] == "en" and row["split"] == "train"})  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 
 if typing.TYPE_CHECKING:
     from vita_jax.data.drawn import DrawnSource
+    from vita_jax.data.splice import SplicedSource
 
 MEDIA = ("image", "video", "audio", "recordings")  # keys of a sample that name files
 SOUNDS = ("audio", "recordings")  # those that lie in the folder `audio`
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"  # beside such records, and codec tokens
 REJECTS = "rejects.jsonl"  # beside codec tokens: clips that could not be used
 CLIPS = "manifest.jsonl"  # of a folder of speech
 CONCEPTS = "concepts.json"  # of a folder of drawings
+SPLICED = "#spliced"  # behind one with speech, too: clips that are put together
 SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 VERSION = "1.0.0"  # folder that they are in
 MEMORY = Path("/dev/shm")  # a folder in memory, where there is one
@@ -43,14 +45,14 @@ FEATURES = {
 }
 
 
-def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource | DrawnSource:
+def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource | DrawnSource | SplicedSource:
     """The source of this name.
 
     Args:
       name: a file of samples (a JSON list, or JSON lines), a folder with such files, a folder that
         `vita data records` or `vita data codec-tokens` wrote, a folder of speech (`SpeechSource`)
         or `tfds:NAME`, both with an optional `#SPLIT` (else train), or a folder of drawings with
-        `#KIND` (`drawn.DrawnSource`).
+        `#KIND` (`drawn.DrawnSource`), or with `#spliced` (`splice.SplicedSource`).
 
     Raises:
       FileNotFoundError: there is no such file, folder or data set.
@@ -58,6 +60,10 @@ def open_source(name: str) -> JsonSource | TfdsSource | SpeechSource | DrawnSour
     """
     if name.startswith("tfds:") or _data_set(name):
         return TfdsSource(name)
+    if name.endswith(SPLICED):
+        from vita_jax.data.splice import SplicedSource
+
+        return SplicedSource(name)
     folder = Path(name.partition("#")[0])
     if (folder / CONCEPTS).is_file():
         from vita_jax.data.drawn import DrawnSource

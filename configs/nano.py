@@ -696,9 +696,9 @@ STAGES = {
     "thirteenth_2_2": answered(  # on from the mean of thirteenth_1_2 and thirteenth_start
         "thirteenth_mean",
         asked(
-            {"#spoken": 0.36, "#talk": 0.04, "#names": 0.14, "#place": 0.07, "#pair": 0.01}
-            | {"#count": 0.08, "#move": 0.01, "easy_vqa": 0.04, "asked": 0.04, "mixed": 0.03}
-            | {"asr": 0.01, "asr_zh": 0.01, "noise": 0.16},
+            {"#spoken": 0.16, "#pieced": 0.22, "#talk": 0.04, "#names": 0.14, "#place": 0.07}
+            | {"#pair": 0.01, "#count": 0.08, "#move": 0.01, "easy_vqa": 0.04, "asked": 0.03}
+            | {"mixed": 0.02, "asr": 0.01, "asr_zh": 0.01, "noise": 0.16},
         ),
         trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
         num_steps=1300,

@@ -5,11 +5,15 @@ import re
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
-from vita_jax.data import scenes, talk
+from vita_jax.data import scenes, talk, voices
 from vita_jax.data.drawn import KINDS, DrawnSource, captions
 from vita_jax.data.sources import open_source
+
+LEVELS = {word: 0.2 + 0.08 * i for i, word in enumerate("what is it this 这 是 猫 什 么".split())}
+WORD_SAMPLES = 4800  # of a word, in which the sound has its level
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,15 @@ def folder(tmp_path_factory):
         {"file": "d.flac", "text": "What is this?", "kind": "answer", "split": "train"},
     ]
     (root / "speech" / "manifest.jsonl").write_text("\n".join(map(json.dumps, clips)))
+    said = [("en", "what is it"), ("en", "this"), ("zh", "这 是 猫"), ("zh", "什 么")]
+    with (root / "speech" / "cuts.jsonl").open("w", encoding="utf-8") as cuts:
+        for number, (lang, words) in enumerate(said):
+            words, file = words.split(), f"said{number}.wav"
+            wave = np.repeat([LEVELS[word] for word in words], WORD_SAMPLES)
+            soundfile.write(root / "speech" / file, wave, voices.RATE_HZ)
+            at = [WORD_SAMPLES * i / voices.RATE_HZ for i in range(len(words) + 1)]
+            row = {"file": file, "lang": lang, "voice": "one", "words": words, "at": at}
+            cuts.write(json.dumps(row) + "\n")
     return root
 
 
@@ -81,6 +94,26 @@ def test_spoken_samples_begin_with_what_was_recorded(folder):
         assert heard == [question in ("What is this?", "这是什么？") for question in asked]
         found.append(sum(heard))
     assert found[1] > 12 > found[0]
+
+
+def test_pieced_samples_say_what_they_ask(folder):
+    source = DrawnSource(f"{folder}#pieced")
+    heard = 0
+    for index in range(120):
+        sample = source.sample(index)
+        question = sample["conversations"][0]["value"].rpartition("\n")[2]
+        lang = "en" if question.isascii() else "zh"
+        words = voices.words_of(question, lang)
+        known = LEVELS.keys() >= set(words)
+        assert ("recordings" in sample) == known
+        if known:
+            [(wave, rate)] = sample["recordings"]
+            ends = np.flatnonzero(np.abs(wave) > 0.1)[[0, -1]]
+            at = np.linspace(*ends, 2 * len(words) + 1)[1::2].astype(int)
+            np.testing.assert_allclose(wave[at], [LEVELS[word] for word in words], atol=1e-3)
+            assert rate == voices.RATE_HZ and abs(np.ptp(ends) - WORD_SAMPLES * len(words)) < 600
+            heard += 1
+    assert heard > 5
 
 
 @pytest.mark.parametrize("kind", ["captions", "views"])

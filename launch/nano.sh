@@ -95,6 +95,15 @@ train twelfth_2_1b $runs/twelfth_2_1b
 mean twelfth_mean twelfth_1_2 eleventh_2_2
 train twelfth_2_2 $runs/twelfth_2_2
 mean twelfth twelfth_2_2 twelfth_mean
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/twelfth/model build/nano/model
+
+# The thirteenth has deeper encoders, and hears clips and questions that are put together from pieces.
+start=$runs/thirteenth_start/model
+[ -e $start ] || .venv/bin/vita deepen $runs/twelfth/model $start vision=9 audio=12
+train thirteenth_1_2 $runs/thirteenth_1_2
+train thirteenth_2_1b $runs/thirteenth_2_1b
+mean thirteenth_mean thirteenth_1_2 thirteenth_start
+train thirteenth_2_2 $runs/thirteenth_2_2
+mean thirteenth thirteenth_2_2 thirteenth_mean
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/thirteenth/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/twelfth_mean/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/thirteenth_mean/model --out build/nano/eval

@@ -316,16 +316,16 @@ def vita_7b() -> VitaConfig:
 
 
 def vita_nano() -> VitaConfig:
-    """The same architecture with 18M parameters, for laptops. Sizes are ours."""
+    """The same architecture with 20M parameters, for laptops. Sizes are ours."""
     return VitaConfig(
         name="vita_nano",
         max_tiles=1,
         vision=VisionConfig(
-            tile_px=112, patch_px=14, embed_dim=160, num_layers=6, num_heads=5, mlp_dim=640,
+            tile_px=112, patch_px=14, embed_dim=160, num_layers=9, num_heads=5, mlp_dim=640,
             out_dim=256,
         ),
         audio=AudioConfig(
-            num_mel_bins=80, embed_dim=128, num_layers=6, num_heads=4, mlp_dim=512,
+            num_mel_bins=80, embed_dim=128, num_layers=12, num_heads=4, mlp_dim=512,
             adapter_dim=256, out_dim=256,
         ),
         llm=LlmConfig(

@@ -701,7 +701,7 @@ STAGES = {
             | {"mixed": 0.02, "asr": 0.01, "asr_zh": 0.01, "noise": 0.16},
         ),
         trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
-        num_steps=1300,
+        num_steps=1000,
         trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="thirteenth_2_1b",
     ),

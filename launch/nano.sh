@@ -103,7 +103,7 @@ train thirteenth_1_2 $runs/thirteenth_1_2
 train thirteenth_2_1b $runs/thirteenth_2_1b
 mean thirteenth_mean thirteenth_1_2 thirteenth_start
 train thirteenth_2_2 $runs/thirteenth_2_2
-mean thirteenth thirteenth_2_2 thirteenth_mean
+mean thirteenth thirteenth_2_2 thirteenth_2_2 thirteenth_mean # the last stage counts twice
 [ -e build/nano/model ] || .venv/bin/vita quantize $runs/thirteenth/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
 .venv/bin/vita eval nano build/nano/model --data $data --before $runs/thirteenth_mean/model --out build/nano/eval

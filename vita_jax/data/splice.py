@@ -47,7 +47,7 @@ def write_cuts(speech: Path, packages: Path, progress: bool = False) -> None:
     lines = file.read_text("utf-8").splitlines() if file.exists() else ()
     done = {json.loads(line)["file"] for line in lines}
     timing = None
-    with file.open("a", encoding="utf-8") as cuts:
+    with file.open("a", encoding="utf-8", buffering=1) as cuts:  # by the line: it may be stopped
         console = Console(stderr=True)
         rows = voices.clips(speech)
         for row in track(rows, "finding words", console=console, disable=not progress):

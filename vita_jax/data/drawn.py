@@ -54,8 +54,8 @@ class DrawnSource:
     thing or several, shapes, clips in which something moves, and nothing at all; "spoken" are of
     both kinds; the others (`KINDS` has them) are parts of "qa". Those of `SPOKEN` begin with a
     question that recordings ask, or for "pieced" pieces of several (`splice.Pieces`), if `TRIES`
-    draws find one. Held-out samples have the forms that
-    are not trained on, recordings of other voices, and drawings of the main styles as they are.
+    draws find one. Held-out samples have the forms that are not trained on, recordings of other
+    voices (pieces are of trained ones), and drawings of the main styles as they are.
     `FOLDER#KIND:8` shows every eighth concept only: of few, pictures are sooner told apart.
 
     Attributes:
@@ -120,7 +120,7 @@ class DrawnSource:
         return {"id": f"{self.kind} {index}", "conversations": turns, **media, **more}
 
     def _sounds(self, question, lang, rng):
-        """What says a question."""
+        """What says a question: paths, or one sound with its rate."""
         if self._pieces is None:
             return self.recordings.get(question, [])
         wave = self._pieces.say(question, lang, rng)

@@ -705,6 +705,36 @@ STAGES = {
         trainable=(*EYES_AND_WORDS, r"audio/prompts"),
         ears="thirteenth_2_1b",
     ),
+    # The fourteenth hears words that were seldom said (`voices.jobs`), and sees half of what it
+    # learns from as it is drawn.
+    "fourteenth_1_2": understood(
+        "thirteenth",
+        {"#names": 0.43, "#qa": 0.08, "#place": 0.15, "#pair": 0.03, "#count": 0.2}
+        | {"#move": 0.02, "#shape": 0.02, "easy_vqa": 0.07},
+        trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
+        num_steps=1500,
+        trainable=EYES_AND_WORDS,
+    ),
+    "fourteenth_2_1b": aligned(
+        "thirteenth",
+        {"asr": 0.1, "asr_zh": 0.06, "asked": 0.12, "mixed": 0.36, "#spliced": 0.36},
+        trained(1e-3, 3e-3),
+        num_steps=5200,
+        seed=54,
+        trainable=EARS_BUT_CONVOLUTIONS,
+    ),
+    "fourteenth_2_2": answered(  # on from the mean of fourteenth_1_2 and thirteenth
+        "fourteenth_mean",
+        asked(
+            {"#spoken": 0.17, "#pieced": 0.24, "#talk": 0.04, "#names": 0.14, "#place": 0.07}
+            | {"#pair": 0.01, "#count": 0.09, "#move": 0.01, "easy_vqa": 0.04, "asked": 0.03}
+            | {"mixed": 0.02, "asr": 0.01, "asr_zh": 0.01, "noise": 0.12},
+        ),
+        trained(1e-3, 3e-3, rates={r"vision/encoder/.*": 0.5}),
+        num_steps=1050,
+        trainable=(*EYES_AND_WORDS, r"audio/prompts"),
+        ears="fourteenth_2_1b",
+    ),
 }
 
 
@@ -720,12 +750,13 @@ def get_config(stage):
     # Embeddings of pictures had become ten times as long as what the first layer of the LLM adds to
     # them, which leaves it little to say about them. From the sixth round on they are shorter, and
     # those of sound are aligned with those of words.
-    rounds = ("sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth", "thirteenth")
-    later = stage.startswith(rounds)
+    deeper = stage.startswith(("thirteenth", "fourteenth"))
+    rounds = ("sixth", "seventh", "eighth", "ninth", "tenth", "eleventh", "twelfth")
+    later = deeper or stage.startswith(rounds)
     scale = model.vision.embeddings_scale * (1 / 16 if later else 1)
     vision = dataclasses.replace(model.vision, embeddings_scale=scale)
     audio = dataclasses.replace(model.audio, num_prompts=prompts, num_units=units, aligned=later)
-    if not stage.startswith("thirteenth"):  # which has more layers
+    if not deeper:
         vision, audio = (dataclasses.replace(part, num_layers=6) for part in (vision, audio))
     return dataclasses.replace(
         config,

@@ -104,6 +104,13 @@ train thirteenth_2_1b $runs/thirteenth_2_1b
 mean thirteenth_mean thirteenth_1_2 thirteenth_start
 train thirteenth_2_2 $runs/thirteenth_2_2
 mean thirteenth thirteenth_2_2 thirteenth_2_2 thirteenth_mean # the last stage counts twice
-[ -e build/nano/model ] || .venv/bin/vita quantize $runs/thirteenth/model build/nano/model
+
+# The fourteenth hears words that were seldom said, and sees things as they are drawn half of the time.
+train fourteenth_1_2 $runs/fourteenth_1_2
+train fourteenth_2_1b $runs/fourteenth_2_1b
+mean fourteenth_mean fourteenth_1_2 thirteenth
+train fourteenth_2_2 $runs/fourteenth_2_2
+mean fourteenth fourteenth_2_2 fourteenth_2_2 fourteenth_mean
+[ -e build/nano/model ] || .venv/bin/vita quantize $runs/fourteenth/model build/nano/model
 .venv/bin/vita plot $runs/*/ --out build/nano/curves.png
-.venv/bin/vita eval nano build/nano/model --data $data --before $runs/thirteenth_mean/model --out build/nano/eval
+.venv/bin/vita eval nano build/nano/model --data $data --before $runs/fourteenth_mean/model --out build/nano/eval

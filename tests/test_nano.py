@@ -166,6 +166,8 @@ def test_stages_of_the_small_model():
         "twelfth_1_2": "eleventh_2_2", "twelfth_2_1b": "eleventh_2_2",
         "twelfth_2_2": "twelfth_mean", "thirteenth_1_2": "thirteenth_start",
         "thirteenth_2_1b": "thirteenth_start", "thirteenth_2_2": "thirteenth_mean",
+        "fourteenth_1_2": "thirteenth", "fourteenth_2_1b": "thirteenth",
+        "fourteenth_2_2": "fourteenth_mean",
     }.items():  # fmt: skip
         config = load_config(f"{file}:{stage}")
         assert f"/{before}/" in config.init_from[0] and config.model.audio.num_prompts == 4

@@ -1,6 +1,7 @@
 """vita_jax/data/splice.py: a spliced clip, heard tone by tone, says what its sample asks for."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_cuts_are_found_once(tmp_path, monkeypatch):
             asked.append(text)
             return text.split(), [0.1, None, 0.3]
 
-    monkeypatch.setattr(voices, "Timing", Stand)
+    monkeypatch.setattr(splice, "Timing", Stand)
     speech = tmp_path / "speech"
     for text, split in (("a cat", "train"), ("a dog", "held_out"), ("an ox", "train")):
         row = {"text": text, "lang": "en", "voice": "af_bella", "kind": "question", "split": split}
@@ -114,6 +115,33 @@ def test_cuts_are_found_once(tmp_path, monkeypatch):
     assert [row["words"] for row in rows] == [["a", "cat"], ["an", "ox"]]
     assert rows[0]["at"] == [0.1, None, 0.3] and rows[0]["voice"] == "af_bella"
     assert rows[0]["file"] == voices.clips(speech)[0]["file"]
+
+
+def test_when_words_are_said():
+    sounds = {"what": "wʌt", "of": "ʌv", "the": "ðə", "cat": "kæt", "going": "ɡəʊɪŋ", "to": "tə"}
+    timing = object.__new__(splice.Timing)
+
+    def symbols(text, lang):
+        text = "".join(sounds.get(part, part) for part in re.split(r"(\W)", text.lower()))
+        merged = text.replace("ʌv ðə", "ʌvðə").replace("ɡəʊɪŋ tə", "ɡənə")  # as one word; shorter
+        return list(merged.replace("k", "ˈk"))
+
+    timing._symbols = symbols
+    timing._run = lambda symbols, voice: np.array([4.0, *(2.0 for _ in symbols), 6.0])
+    unit, lead = splice.DURATION_S, splice.LEAD_S
+    words, at = timing("What of the cat?", "en", "af_bella")
+    assert words == ["what", "of", "the", "cat"]
+    # Symbols: 3 of "what", a space, 4 of "of the" as one word, a space, stress and 3 of "cat".
+    frames = [4, 4 + 2 * 3.5, 4 + 2 * 6, 4 + 2 * 8.5, 4 + 2 * 13]
+    np.testing.assert_allclose(at, unit * np.array(frames) - lead, atol=1e-4)
+    words, at = timing("Going to the cat?", "en", "af_bella")
+    assert [second is None for second in at] == [False, True, False, False, False]
+    timing._symbols = lambda text, lang: list(
+        "".join({"猫": "mau→", "呢": "nɤ"}.get(c, c) for c in text)
+    )
+    words, at = timing("猫呢？", "zh", "zm_yunxi")
+    assert words == ["猫", "呢"]
+    np.testing.assert_allclose(at, unit * np.array([4, 12, 16]) - lead, atol=1e-4)
 
 
 def test_no_cuts(tmp_path):

@@ -1,7 +1,7 @@
 """Speech for the small model: what is to be said by whom, and that it is said once."""
 
+import collections
 import json
-import re
 import types
 
 import numpy as np
@@ -42,11 +42,30 @@ def test_jobs():
         said = set("".join(known).lower()) | set(" ?？")
         assert all(set(text.lower()) <= said and text[-1] in "?？" for text in texts)
     assert all(1 < len(text.split()) <= 12 for text in mixed["en"])
+    # In English no word of a question is said seldom.
+    words = [job[3] for job in jobs if job[0] == "words"]
+    assert {job[1] for job in jobs if job[0] == "words"} == {"en"}
+    assert all(1 <= len(text.split()) <= 5 and text[-1] == "?" for text in words)
+    first = [
+        job[3] for job in jobs if job[1::3] == ("en", "train") and job[0] in ("question", "mixed")
+    ]
+    first, more = (
+        collections.Counter(word for text in texts for word in voices.words_of(text.lower(), "en"))
+        for texts in (first, words)
+    )
+    assert set(more) < set(first) and min((first + more).values()) >= voices.NUM_SAID
     # A change of one thing leaves what others say as it was.
     fewer = voices.jobs(CONCEPTS[1:], UNSEEN)
     assert set(fewer) < set(jobs) and len(jobs) - len(fewer) == 4
     # Any beginning has some of each kind.
-    assert {job[0] for job in jobs[:40]} == {"question", "answer", "name", "sentence", "mixed"}
+    assert {job[0] for job in jobs[:40]} == {
+        "question",
+        "answer",
+        "name",
+        "sentence",
+        "mixed",
+        "words",
+    }
 
 
 def test_speaks_what_is_not_there_yet(tmp_path, monkeypatch):
@@ -143,30 +162,3 @@ def test_recorded_prompts_are_split_by_text(tmp_path):
     assert json.dumps(sorted(held_out)) == json.dumps(
         sorted({text for text, _, _, split in voices.prompts(tmp_path) if split == "held_out"})
     )
-
-
-def test_when_words_are_said():
-    sounds = {"what": "wʌt", "of": "ʌv", "the": "ðə", "cat": "kæt", "going": "ɡəʊɪŋ", "to": "tə"}
-    timing = object.__new__(voices.Timing)
-
-    def symbols(text, lang):
-        text = "".join(sounds.get(part, part) for part in re.split(r"(\W)", text.lower()))
-        merged = text.replace("ʌv ðə", "ʌvðə").replace("ɡəʊɪŋ tə", "ɡənə")  # as one word; shorter
-        return list(merged.replace("k", "ˈk"))
-
-    timing._symbols = symbols
-    timing._run = lambda symbols, voice: np.array([4.0, *(2.0 for _ in symbols), 6.0])
-    unit, lead = voices.DURATION_S, voices.LEAD_S
-    words, at = timing("What of the cat?", "en", "af_bella")
-    assert words == ["what", "of", "the", "cat"]
-    # Symbols: 3 of "what", a space, 4 of "of the" as one word, a space, stress and 3 of "cat".
-    frames = [4, 4 + 2 * 3.5, 4 + 2 * 6, 4 + 2 * 8.5, 4 + 2 * 13]
-    np.testing.assert_allclose(at, unit * np.array(frames) - lead, atol=1e-4)
-    words, at = timing("Going to the cat?", "en", "af_bella")
-    assert [second is None for second in at] == [False, True, False, False, False]
-    timing._symbols = lambda text, lang: list(
-        "".join({"猫": "mau→", "呢": "nɤ"}.get(c, c) for c in text)
-    )
-    words, at = timing("猫呢？", "zh", "zm_yunxi")
-    assert words == ["猫", "呢"]
-    np.testing.assert_allclose(at, unit * np.array([4, 12, 16]) - lead, atol=1e-4)

@@ -29,6 +29,7 @@ PX = 112  # of a picture's edge
 FRAMES = 4  # of a video
 SPOKEN = ("spoken", "talk", "pieced")  # kinds of which the first question has a sound
 TRIES = 20  # to find one
+RESTYLED = 0.5  # of the samples to learn from: in any style and colours, as others draw things
 KINDS_OF = {  # task -> subgroups of which it is true
     "is_animal": "animal", "is_plant": "plant", "is_food": ("food", "drink"),
     "is_vehicle": "transport", "is_tool": "tool",
@@ -145,7 +146,7 @@ class _Draw:
     def __init__(self, source: DrawnSource, rng: np.random.Generator):
         self.source, self.rng = source, rng
         self.held_out = source.split == "held_out"
-        self.restyled = not self.held_out  # only to learn from
+        self.restyled = not self.held_out and rng.random() < RESTYLED  # only to learn from
 
     def choose(self, items):
         items = list(items)

@@ -87,7 +87,7 @@ def build(
         asked = _to_transcribe(target, place / "asked", held_out, talk.LANGS, ("question", "vqa"))
         write(place / "asked", asked)
         write(place / "noise", _unasked(target, place / "noise", held_out))
-    mixed = _to_transcribe(target, target / "mixed", False, talk.LANGS, ("mixed",))
+    mixed = _to_transcribe(target, target / "mixed", False, talk.LANGS, ("mixed", "words"))
     write(target / "mixed", mixed)
     write(target / "easy_vqa", easy_vqa("train"))
     told = json.dumps(drawn.captions(seen), indent=0, ensure_ascii=False)

@@ -2,8 +2,8 @@
 
 An audio encoder that hears the same few thousand sentences in every epoch knows them by heart, and
 then hears them in others. Goes in: a folder of synthesised clips with `cuts.jsonl`, the times at
-which each can be cut between its words. Comes out: samples that ask for the words of a clip, each
-made of its number alone. Read next: `voices.py`, whose synthesiser says where words are.
+which each can be cut between its words, as the synthesiser's own durations say. Comes out: samples
+that ask for the words of a clip, each made of its number alone. Read next: `voices.py`.
 Source: Lam et al. 2021, On-the-Fly Aligned Data Augmentation for Sequence-to-Sequence ASR.
 """
 
@@ -23,6 +23,9 @@ from vita_jax.data.audio import read_audio, trim
 from vita_jax.data.sources import SPLICED
 
 CUTS = "cuts.jsonl"
+DURATIONS, DURATION_S = "/encoder/Clip_output_0", 0.025  # of Kokoro's phonemes; their unit
+LEAD_S = 0.05  # of its sound over these; at cuts the mean energy is then lowest, as measured
+TONES, STRESS = "→↓↗↘", "ˈˌ"  # behind a syllable, before a vowel
 LENGTH = 1_000_000  # samples before the first comes again
 PIECES = (2, 4)  # of a clip: least, most
 WORDS = {"en": (1, 4), "zh": (2, 5)}  # or characters, of a piece: least, most
@@ -52,10 +55,59 @@ def write_cuts(speech: Path, packages: Path, progress: bool = False) -> None:
         rows = voices.clips(speech)
         for row in track(rows, "finding words", console=console, disable=not progress):
             if row["split"] == "train" and row["file"] not in done:
-                timing = timing or voices.Timing(packages)
+                timing = timing or Timing(packages)
                 words, at = timing(row["text"], row["lang"], row["voice"])
                 kept = {key: row[key] for key in ("file", "lang", "voice")}
                 cuts.write(json.dumps(kept | {"words": words, "at": at}, ensure_ascii=False) + "\n")
+
+
+class Timing(voices.Kokoro):
+    """When the synthesiser says each word of a clip: `timing(text, lang, voice)` is its words, by
+    `voices.words_of`, and as many seconds and one more, before, between and behind them; None where
+    it is not known.
+    """
+
+    def _part(self, model):
+        """The network as far as the durations of phonemes: a fiftieth of the work."""
+        try:
+            import onnx.utils
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}; pip install 'vita_jax[data]'") from None
+        whole = onnx.load_from_string(model)
+        inputs = [put.name for put in whole.graph.input]
+        return onnx.utils.Extractor(whole).extract_model(inputs, [DURATIONS]).SerializeToString()
+
+    def __call__(self, text: str, lang: str, voice: str) -> tuple[list[str], list[float | None]]:
+        words, symbols = voices.words_of(text, lang), self._symbols(text, lang)
+        # Before the first symbol there is silence, whose end is that symbol's beginning.
+        begins = np.cumsum(self._run(symbols, voice)) * DURATION_S - LEAD_S
+        sounds = [i for i, symbol in enumerate(symbols) if _is_sound(symbol)]
+
+        def number(words):
+            return sum(map(_is_sound, self._symbols(voices.SPACE[lang].join(words), lang)))
+
+        at: list[float | None] = [begins[sounds[0]]]
+        for i in range(1, len(words)):
+            before = number(words[:i])
+            # Words said together may have fewer sounds than apart: which are whose is not known.
+            known = before + number(words[i:]) == len(sounds)
+            at.append(_between(symbols, sounds[before - 1], begins) if known else None)
+        at.append(_between(symbols, sounds[-1], begins))
+        return words, [time if time is None else round(float(time), 4) for time in at]
+
+
+def _between(symbols, last, begins):
+    """When a word is over of which the last sound is this one: amid the space, if one follows."""
+    end = last + 1
+    while end < len(symbols) and symbols[end] in TONES:
+        end += 1
+    spaced = end < len(symbols) and symbols[end] == " "
+    return (begins[end] + begins[end + spaced]) / 2
+
+
+def _is_sound(symbol):
+    """Whether a symbol is neither punctuation nor a mark of tone or stress."""
+    return symbol.isalpha() and symbol not in STRESS
 
 
 class Pieces:

@@ -7,6 +7,7 @@ and go on. Read next: `nano.py`, which makes samples of them.
 
 from __future__ import annotations
 
+import collections
 import gzip
 import hashlib
 import itertools
@@ -36,9 +37,6 @@ PACKAGE = Package(
 )  # fmt: skip
 RATE_HZ = 24_000
 SPACE = {"en": " ", "zh": ""}  # between words
-DURATIONS, DURATION_S = "/encoder/Clip_output_0", 0.025  # of Kokoro's phonemes; their unit
-LEAD_S = 0.05  # of its sound over these; at cuts the mean energy is then lowest, as measured
-TONES, STRESS = "→↓↗↘", "ˈˌ"  # behind a syllable, before a vowel
 ANSWERS = {"en": "af_heart", "zh": "zf_xiaoxiao"}  # the voices that answer
 HELD_OUT = {"en": ("af_nova", "am_puck"), "zh": ("zf_xiaoyi",)}  # never trained on
 VOICES = {  # that ask, in training
@@ -55,6 +53,7 @@ NUM_OFTEN = 12  # forms of a task that are asked often; others are asked once
 NUM_VOICES = 6  # that ask each of these
 NUM_UNSEEN = 100  # sentences a language
 NUM_MIXED = 4000  # texts a language that are put together from pieces of questions
+NUM_SAID = 60  # times at least that each word of the questions is said
 NUM_PROMPTS = 151  # recorded ones that are held out
 
 _SLOTS = (talk.NOUNS, talk.COLOURS, talk.SIDES)
@@ -75,10 +74,11 @@ def jobs(
       first `NUM_OFTEN` of a task by `NUM_VOICES` voices and by all that are held out, else by one,
       "answer" what `talk.answers` lists and the name of each concept, "name" the same by a voice
       that does not answer, "sentence" one of `unseen`, of which `NUM_UNSEEN` are taken, "mixed"
-      pieces of trained questions in any order, as whole ones are soon known by heart. The split is
-      "train", "held_out" (the voice) or "unseen" (the text).
+      pieces of trained questions in any order, as whole ones are soon known by heart, "words" those
+      of their English words that the others seldom say. The split is "train", "held_out" (the
+      voice) or "unseen" (the text).
     """
-    kinds = ("question", "held_out", "mixed", "answer", "name", "sentence")
+    kinds = ("question", "held_out", "mixed", "words", "answer", "name", "sentence")
     queues = {kind: [] for kind in kinds}
     concepts, unseen = list(concepts), sorted(unseen)
     for lang in talk.LANGS:
@@ -102,6 +102,11 @@ def jobs(
             rng = _generator(seed, lang, number)
             voice, text = str(rng.choice(VOICES[lang])), _mixed(trained, lang, rng)
             queues["mixed"].append(("mixed", lang, voice, text, "train"))
+        if lang == "en":  # a Mandarin character may be read in another way where it stands alone
+            said = [job[3] for kind in ("question", "mixed") for job in queues[kind]]
+            for text in _seldom(said, lang):
+                voice = str(_generator(seed, text).choice(VOICES[lang]))
+                queues["words"].append(("words", lang, voice, text, "train"))
         named = [talk.name(concept.en, concept.zh, lang) for concept in concepts]
         for text in dict.fromkeys(talk.answers(lang) + named):
             queues["answer"].append(("answer", lang, ANSWERS[lang], text, "train"))
@@ -148,6 +153,14 @@ def _mixed(forms, lang, rng):
         first = rng.integers(max(1, len(words) - length + 1))
         pieces += words[first : first + length]
     return question(pieces, lang)
+
+
+def _seldom(texts, lang):
+    """More texts, of words alone, with which each word of these is said `NUM_SAID` times."""
+    said = collections.Counter(word for text in texts for word in words_of(text, lang))
+    missing = [word for word in sorted(said) for _ in range(NUM_SAID - said[word])]
+    missing = [missing[i] for i in _generator(lang).permutation(len(missing))]
+    return [question(missing[i : i + 5], lang) for i in range(0, len(missing), 5)]
 
 
 def words_of(text: str, lang: str) -> list[str]:
@@ -291,54 +304,6 @@ class Kokoro:
             "speed": np.ones(1, np.float32),
         }
         return self._net.run(None, feed)[0].squeeze()
-
-
-class Timing(Kokoro):
-    """When the synthesiser says each word of a clip: `timing(text, lang, voice)` is its `words_of`,
-    and as many seconds and one more, before, between and behind them; None where it is not known.
-    """
-
-    def _part(self, model):
-        """The network as far as the durations of phonemes: a fiftieth of the work."""
-        try:
-            import onnx.utils
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error}; pip install 'vita_jax[data]'") from None
-        whole = onnx.load_from_string(model)
-        inputs = [put.name for put in whole.graph.input]
-        return onnx.utils.Extractor(whole).extract_model(inputs, [DURATIONS]).SerializeToString()
-
-    def __call__(self, text: str, lang: str, voice: str) -> tuple[list[str], list[float | None]]:
-        words, symbols = words_of(text, lang), self._symbols(text, lang)
-        # Before the first symbol there is silence, whose end is that symbol's beginning.
-        begins = np.cumsum(self._run(symbols, voice)) * DURATION_S - LEAD_S
-        sounds = [i for i, symbol in enumerate(symbols) if _is_sound(symbol)]
-
-        def number(words):
-            return sum(map(_is_sound, self._symbols(SPACE[lang].join(words), lang)))
-
-        at: list[float | None] = [begins[sounds[0]]]
-        for i in range(1, len(words)):
-            before = number(words[:i])
-            # Words said together may have fewer sounds than apart: which are whose is not known.
-            known = before + number(words[i:]) == len(sounds)
-            at.append(_between(symbols, sounds[before - 1], begins) if known else None)
-        at.append(_between(symbols, sounds[-1], begins))
-        return words, [time if time is None else round(float(time), 4) for time in at]
-
-
-def _between(symbols, last, begins):
-    """When a word is over of which the last sound is this one: amid the space, if one follows."""
-    end = last + 1
-    while end < len(symbols) and symbols[end] in TONES:
-        end += 1
-    spaced = end < len(symbols) and symbols[end] == " "
-    return (begins[end] + begins[end + spaced]) / 2
-
-
-def _is_sound(symbol):
-    """Whether a symbol is neither punctuation nor a mark of tone or stress."""
-    return symbol.isalpha() and symbol not in STRESS
 
 
 class Command:

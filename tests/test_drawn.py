@@ -255,6 +255,7 @@ def test_held_out_asks_other_questions(folder):
 
 
 def test_main_styles_are_seen_most_and_tested_on(folder, monkeypatch):
+    # Of those to learn from half are restyled: of these half are in any style, a fifth redrawn.
     drawn = []
 
     def drawing(source, code, style):
@@ -264,14 +265,14 @@ def test_main_styles_are_seen_most_and_tested_on(folder, monkeypatch):
     restyled = []
     monkeypatch.setattr(DrawnSource, "drawing", drawing)
     monkeypatch.setattr(scenes, "restyle", lambda rng, x, dark: restyled.append(x) or x)
-    for split, (least, most) in {"": (120, 180), "-held_out": (200, 200)}.items():
+    for split, (least, most) in {"": (155, 195), "-held_out": (200, 200)}.items():
         source = DrawnSource(f"{folder}#names{split}")
         source.styles = {code: ["one", "noto"] for code in source.styles}
         drawn.clear(), restyled.clear()
         for index in range(200):
             source.sample(index)
         assert least <= drawn.count("noto") <= most and len(drawn) == 200
-        assert 20 <= len(restyled) <= 60 if not split else not restyled
+        assert 8 <= len(restyled) <= 32 if not split else not restyled
 
 
 def test_another_kind_is_refused(folder):

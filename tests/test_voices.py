@@ -58,14 +58,8 @@ def test_jobs():
     fewer = voices.jobs(CONCEPTS[1:], UNSEEN)
     assert set(fewer) < set(jobs) and len(jobs) - len(fewer) == 4
     # Any beginning has some of each kind.
-    assert {job[0] for job in jobs[:40]} == {
-        "question",
-        "answer",
-        "name",
-        "sentence",
-        "mixed",
-        "words",
-    }
+    kinds = {job[0] for job in jobs[:40]}
+    assert kinds == {"question", "answer", "name", "sentence", "mixed", "words"}
 
 
 def test_speaks_what_is_not_there_yet(tmp_path, monkeypatch):
